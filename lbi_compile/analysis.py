@@ -1,0 +1,501 @@
+"""Analysis: run the passes that look at a captured model, and write down what they found as a plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from .bounded import Options
+from .capture import Capture
+from .errors import PlanError, RegionsError
+from .interfaces import interface_class, tokens_per_chunk
+from .passes import axes
+from .passes.costs import Costs, costs
+from .passes.evaluate import Evaluator
+from .passes.liveness import LIVE, NUMBER, PARAMETER, PARAMETER_ONLY, Liveness, is_float_tensor, liveness
+from .passes.names import module_path
+from .passes.partition import Partition, partition
+from .passes.separators import Separator, separators
+from .passes.validate import has_identity_path, settle_interface, settle_readout
+from .plan import Decision, Part, PassRecord, Plan, Point, RegionPlan
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class Analysis:
+    """A captured model and where it is cut.
+
+    Attributes:
+        capture: The captured program.
+        live: Its liveness.
+        costs: Its costs.
+        canvas: Node of the canvas.
+        ends: Nodes where regions end.
+        finishes: Per region its node a_k; ``None`` where no finish is used.
+        plan: The record.
+        sink: The output with positions (else the first live output).
+        position_axis: Its position axis; ``None`` without one.
+        dependence: How output positions depend on canvas positions in the model; ``None`` where that has no meaning
+            or cannot be measured.
+        splits: The interface splits regions at a_k.
+    """
+
+    capture: Capture
+    live: Liveness
+    costs: Costs
+    canvas: fx.Node
+    ends: tuple[fx.Node, ...]
+    finishes: tuple[fx.Node | None, ...]
+    plan: Plan
+    sink: fx.Node
+    position_axis: int | None
+    dependence: str | None
+    splits: bool
+    evaluator: Evaluator = field(repr=False)
+
+    def coupling(self, k: int) -> axes.Verdict:
+        """Whether region ``k`` computes every sample by itself (kind ``"position-wise"`` along the batch axis)."""
+        start = self.canvas if k == 0 else self.ends[k - 1]
+        return _coupling(self.live, self.costs, self.evaluator, start, self.ends[k])
+
+    def probe_bounded(self, function: Callable[[Tensor], Sequence[Any]]) -> str:
+        """Dependence of output positions on canvas positions in a bounded model.
+
+        Args:
+            function: Maps a canvas to the model's flat outputs.
+        """
+        (leaves,) = self.capture.graph_module.graph.output_node().args
+        assert isinstance(leaves, (tuple, list)) and self.position_axis is not None
+        index = list(leaves).index(self.sink)
+        canvas = self.evaluator.values[self.canvas]
+        return axes.probe_axis(lambda x: function(x)[index], canvas, axis_in=1, axis_out=self.position_axis).kind
+
+
+class _Clock:
+    """Times the passes for the plan."""
+
+    def __init__(self) -> None:
+        self.records: list[PassRecord] = []
+
+    def run(self, name: str, work: Callable[[], _T], summary: Callable[[_T], str]) -> _T:
+        start = time.perf_counter()
+        result = work()
+        self.records.append(PassRecord(name, time.perf_counter() - start, summary(result)))
+        return result
+
+
+def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
+    """Run liveness, costs, separators, partition and axes on a captured model, and settle the interface.
+
+    Args:
+        model: The captured model, for its name.
+        capture: Its captured program.
+        options: What was asked for.
+
+    Returns:
+        The analysis with its plan.
+    """
+    if isinstance(options.regions, Plan):
+        return locate(model, capture, options.regions)
+    gm, clock = capture.graph_module, _Clock()
+    leaves = tuple(capture.inputs.leaves)
+    live = clock.run("liveness", lambda: liveness(gm), lambda x: f"{len(x.live)} of {len(gm.graph.nodes)} nodes live")
+    cost = clock.run("costs", lambda: costs(gm, example=leaves), lambda x: f"{x.total_flops:.3g} FLOPs")
+    points = clock.run("separators", lambda: separators(live), lambda x: f"{len(x)} one-lane separators")
+    naming = _Naming(gm, capture)
+    evaluator = Evaluator(gm, live, leaves)
+    steps = _Steps(live, cost, evaluator)
+    sink, position_axis = _positions(live, points)
+    cut = clock.run(
+        "partition",
+        lambda: _cut(live, points, options, cost, steps, naming),
+        lambda x: f"{len(x.ends)} regions among {len(x.candidates)} places",
+    )
+    edges = [cut.canvas, *cut.ends]
+    residual = [has_identity_path(a, b) for a, b in zip(edges, cut.ends, strict=False)]
+    if not _same_axis(cut.canvas, sink, position_axis):
+        position_axis = None
+    dependence = clock.run(
+        "axes",
+        lambda: _dependence(evaluator, cut.canvas, sink, position_axis),
+        lambda x: f"outputs depend on positions: {x or 'no position axis'}",
+    )
+    kind, cell, why = settle_interface(
+        options.interface,
+        options.cell,
+        regions=len(cut.ends),
+        rank=cut.canvas.meta["val"].dim(),
+        positions=position_axis is not None,
+        causal=None if dependence is None else dependence in ("causal", "position-wise"),
+        residual=all(residual),
+    )
+    readout, readout_why = settle_readout(
+        options.readout,
+        interface=kind,
+        allowed=interface_class(kind, cell).readouts,
+        regions=len(cut.ends),
+        residual=all(residual),
+    )
+    split = interface_class(kind, cell).splits
+    finishes = tuple(steps.finish(a, b, points) if split else None for a, b in zip(edges, cut.ends, strict=False))
+    length = cost.shape.get(cut.canvas) or (0, 0)
+    made = _write(
+        model, capture, live, cost, naming, cut.canvas, cut.ends, finishes, residual, split,
+        interface=kind,
+        cell=cell,
+        readout=readout,
+        r=options.r,
+        chunk=tokens_per_chunk(length[1], options.r) if kind == "chunked" else None,
+        causal=None if dependence is None else dependence in ("causal", "position-wise"),
+        why=(*_capture_why(capture), *cut.why, *why, readout_why),
+        passes=tuple(clock.records),
+    )  # fmt: skip
+    return Analysis(
+        capture, live, cost, cut.canvas, cut.ends, finishes, made, sink, position_axis, dependence, split, evaluator
+    )
+
+
+def locate(model: nn.Module, capture: Capture, plan: Plan) -> Analysis:
+    """Find the places a plan names in another capture of the same model.
+
+    Raises:
+        PlanError: A place is missing, has another shape, or the plan is of another model.
+    """
+    gm = capture.graph_module
+    live = liveness(gm)
+    naming = _Naming(gm, capture)
+    if plan.model != _class_name(model):
+        raise PlanError(f"a plan of {plan.model}", expected=f"a plan of {_class_name(model)}", do="make one with plan()")
+    canvas = naming.find(plan.canvas)
+    ends = tuple(naming.find(region.end) for region in plan.regions)
+    finishes = tuple(naming.find(region.finish) if region.finish else None for region in plan.regions)
+    leaves = tuple(capture.inputs.leaves)
+    sink, position_axis = _positions(live, separators(live))
+    return Analysis(
+        capture, live, costs(gm, example=leaves), canvas, ends, finishes, plan, sink, position_axis, None,
+        interface_class(plan.interface, plan.cell).splits, Evaluator(gm, live, leaves),
+    )  # fmt: skip
+
+
+def _cut(
+    live: Liveness, points: Sequence[Separator], options: Options, cost: Costs, steps: _Steps, naming: _Naming
+) -> Partition:
+    if options.regions == 1 and len(points) < 2:
+        # one region is the whole model: it needs no separator
+        return Partition(live.live[0], (live.live[-1],), (), (Decision("boundaries", "none", "one region"),))
+    wanted: Any = options.regions
+    if isinstance(options.regions, tuple):
+        wanted = [naming.before_module(path, points) for path in options.regions]
+    return partition(
+        live,
+        points,
+        regions=wanted,
+        cost={node: cost.flops[node] + cost.bytes[node] for node in live.live},
+        flops=cost.flops,
+        leaves_finish=steps.position_wise,
+        describe=lambda node: naming.point(node).name,
+    )
+
+
+class _Steps:
+    """Answers, once each, whether the graph between two neighbouring separators is position-wise."""
+
+    def __init__(self, live: Liveness, cost: Costs, evaluator: Evaluator) -> None:
+        self.live, self.cost, self.evaluator = live, cost, evaluator
+        self._known: dict[tuple[fx.Node, fx.Node], bool] = {}
+
+    def position_wise(self, source: fx.Node, sink: fx.Node) -> bool:
+        key = (source, sink)
+        if key not in self._known:
+            rank = source.meta["val"].dim()
+            self._known[key] = rank == 3 and sink.meta["val"].dim() == 3 and self._classify(source, sink)
+        return self._known[key]
+
+    def _classify(self, source: fx.Node, sink: fx.Node) -> bool:
+        fn = _measurable(self.evaluator, source, sink)
+        verdict = axes.classify(
+            _between(self.live, source, sink),
+            source=source,
+            sink=sink,
+            axis_in=1,
+            axis_out=1,
+            shapes=self.cost.shape,
+            fn=fn,
+            example=self.evaluator.values[source] if fn else None,
+        )
+        return verdict.kind == "position-wise"
+
+    def finish(self, start: fx.Node, end: fx.Node, points: Sequence[Separator]) -> fx.Node:
+        """The first separator of the region after which all is position-wise; ``end`` where the last op mixes."""
+        at = {point.node: i for i, point in enumerate(points)}
+        inside = [p.node for p in points[at.get(start, -1) + 1 : at[end] + 1]] if end in at else [end]
+        found = end
+        for before in [*reversed(inside[:-1]), start]:
+            if not self.position_wise(before, found):
+                break
+            found = before
+        return found
+
+
+def _between(live: Liveness, source: fx.Node, sink: fx.Node) -> list[fx.Node]:
+    """Live nodes after ``source`` up to ``sink`` in program order, with the sizes they use."""
+    graph = sink.graph
+    found, inside = [], False
+    for node in graph.nodes:
+        if inside and live.kind.get(node) in (LIVE, NUMBER):
+            found.append(node)
+        inside = inside or node is source
+        if node is sink:
+            break
+    return found
+
+
+def _measurable(evaluator: Evaluator, source: fx.Node, sink: fx.Node) -> Callable[[Tensor], Tensor] | None:
+    """The graph between two nodes as a function; ``None`` for a model without numbers (meta or fake)."""
+    real = all(not p.is_meta for p in evaluator.gm.parameters())
+    return evaluator.function(source, sink) if real else None
+
+
+def _coupling(live: Liveness, cost: Costs, evaluator: Evaluator, source: fx.Node, sink: fx.Node) -> axes.Verdict:
+    fn = _measurable(evaluator, source, sink)
+    return axes.batch_coupling(
+        _between(live, source, sink),
+        source=source,
+        sink=sink,
+        shapes=cost.shape,
+        fn=fn,
+        example=evaluator.values[source] if fn else None,
+    )
+
+
+def _positions(live: Liveness, points: Sequence[Separator]) -> tuple[fx.Node, int | None]:
+    """The output that shares a position axis with the separators, and that axis."""
+    for sink in live.sinks:
+        for point in points:
+            value = point.node.meta["val"]
+            if value.dim() == 3 and sink.meta["val"].dim() >= 2:
+                for axis, size in enumerate(sink.meta["val"].shape[1:], start=1):
+                    symbolic = isinstance(size, torch.SymInt)
+                    if str(size) == str(value.shape[1]) and (symbolic or axis == 1):
+                        return sink, axis
+    return live.sinks[0], None
+
+
+def _same_axis(canvas: fx.Node, sink: fx.Node, axis: int | None) -> bool:
+    value = canvas.meta["val"]
+    return axis is not None and value.dim() == 3 and str(value.shape[1]) == str(sink.meta["val"].shape[axis])
+
+
+def _dependence(evaluator: Evaluator, canvas: fx.Node, sink: fx.Node, axis: int | None) -> str | None:
+    function = _measurable(evaluator, canvas, sink)
+    if axis is None or function is None:
+        return None
+    return axes.probe_axis(function, evaluator.values[canvas], axis_in=1, axis_out=axis).kind
+
+
+class _Naming:
+    """Names nodes so that another capture of the same model finds them again."""
+
+    def __init__(self, gm: fx.GraphModule, capture: Capture) -> None:
+        self.gm = gm
+        self._point: dict[fx.Node, Point] = {}
+        self._node: dict[tuple[str, str, int], fx.Node] = {}
+        symbols: dict[str, str] = {}
+        for node in gm.graph.find_nodes(op="placeholder"):
+            value = node.meta.get("val")
+            for size, name in zip(getattr(value, "shape", ()), ("B", "T"), strict=False):
+                if isinstance(size, torch.SymInt):
+                    symbols.setdefault(str(size), name)
+        counts: dict[tuple[str, str], int] = {}
+        for node in gm.graph.nodes:
+            if node.op not in ("placeholder", "call_function") or not is_float_tensor(node):
+                continue
+            place = ("", "input") if node.op == "placeholder" else (module_path(node), str(node.target))
+            index = counts[place] = counts.get(place, -1) + 1
+            value = node.meta["val"]
+            shape = tuple(s if isinstance(s, int) else symbols.get(str(s), str(s)) for s in value.shape)
+            self._point[node] = Point(*place, index, shape, str(value.dtype).removeprefix("torch."))
+            self._node[(*place, index)] = node
+
+    def point(self, node: fx.Node) -> Point:
+        return self._point[node]
+
+    def find(self, point: Point) -> fx.Node:
+        node = self._node.get((point.module, point.op, point.index))
+        found = node and self._point[node].shape
+        if node is None or found is None or not _fits(found, point.shape):
+            raise PlanError(
+                f"no value {point.name} of shape {list(point.shape)} in this capture (found {found})",
+                expected="the model and mode the plan was made for",
+                do="make a new plan for this model",
+            )
+        return node
+
+    def before_module(self, path: str, points: Sequence[Separator]) -> fx.Node:
+        """The last separator before the first node of a module."""
+        seen = [point.node for point in points]
+        last = None
+        for node in self.gm.graph.nodes:
+            if any(p == path or p.startswith(path + ".") for p in _paths(node)):
+                if last is None:
+                    break
+                return last
+            if node in seen:
+                last = node
+        known = sorted({p for n in self.gm.graph.nodes for p in _paths(n) if p})
+        raise RegionsError(
+            f"regions names the module {path!r}",
+            expected=f"a module that runs after the first separator, for example {', '.join(known[:8])}",
+            do="name the module that starts a region, as model.named_modules() spells it",
+        )
+
+
+def _fits(found: Sequence[int | str], wanted: Sequence[int | str]) -> bool:
+    """Equal rank, and equal sizes where both are fixed."""
+    return len(found) == len(wanted) and all(
+        a == b for a, b in zip(found, wanted, strict=True) if isinstance(a, int) and isinstance(b, int)
+    )
+
+
+def _paths(node: fx.Node) -> list[str]:
+    stack = node.meta.get("nn_module_stack") or {}
+    return [path.split("@")[0] for path, _ in stack.values() if not path.startswith("_empty")]
+
+
+def _class_name(model: nn.Module) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def _capture_why(capture: Capture) -> tuple[Decision, ...]:
+    axes_kept = "+".join(capture.dynamic) or "none"
+    refused = "; ".join(f"{rung} refused: {why}" for rung, why in capture.refused)
+    return (Decision("dynamic axes", axes_kept, refused or "the exporter accepted the widest choice"),)
+
+
+def parts(
+    gm: fx.GraphModule, live: Liveness, cost: Costs, canvas: fx.Node, ends: Sequence[fx.Node]
+) -> tuple[Part, Part, tuple[Part, ...], Part]:
+    """Counts of prologue, stem, regions and head."""
+    position = {node: i for i, node in enumerate(live.live)}
+    edges = [position.get(canvas, -1), *(position[end] for end in ends)]
+    members: dict[int, list[fx.Node]] = {label: [] for label in range(-1, len(edges) + 1)}
+    label = 0
+    for i, node in enumerate(live.live):
+        while label < len(edges) and i > edges[label]:
+            label += 1
+        members[label].append(node)
+    ours = (PARAMETER, PARAMETER_ONLY, LIVE)
+    members[-1] = [n for n in gm.graph.nodes if n.op == "call_function" and live.kind.get(n) not in (*ours, NUMBER)]
+    home: dict[str, set[int]] = {}
+    for label, nodes in members.items():
+        for node in nodes:
+            for path in _paths(node):
+                home.setdefault(path, set()).add(label)
+    total = max(cost.total_flops, 1)
+
+    def one(label: int) -> Part:
+        nodes = members[label]
+        inside = [path for path, labels in home.items() if path and labels == {label}]
+        outer = [p for p in inside if not any(p.startswith(q + ".") for q in inside)]
+        flops = sum(cost.flops.get(node, 0) for node in nodes)
+        return Part(tuple(outer), len(nodes), _parameters(gm, live, nodes), flops, flops / total)
+
+    found = [one(label) for label in members]
+    return found[0], found[1], tuple(found[2:-1]), found[-1]
+
+
+def _parameters(gm: fx.GraphModule, live: Liveness, nodes: Iterable[fx.Node]) -> int:
+    seen: set[fx.Node] = set()
+    pending = [before for node in nodes for before in node.all_input_nodes]
+    found: dict[int, int] = {}
+    while pending:
+        node = pending.pop()
+        if node in seen or live.kind.get(node) not in (PARAMETER, PARAMETER_ONLY):
+            continue
+        seen.add(node)
+        if live.kind[node] == PARAMETER:
+            parameter = gm.get_parameter(str(node.target))
+            found[id(parameter)] = parameter.numel()
+        pending += node.all_input_nodes
+    return sum(found.values())
+
+
+def _crossing(interface: str, shape: Sequence[int], r: int) -> int:
+    """Numbers in one latent at a canvas of this shape."""
+    per_index = {"pooled": shape[:1], "chunked": shape[:1], "token": shape[:-1]}
+    if interface == "identity":
+        return prod(shape)
+    return prod(per_index[interface]) * r if interface in per_index else 0
+
+
+def _write(
+    model: nn.Module,
+    capture: Capture,
+    live: Liveness,
+    cost: Costs,
+    naming: _Naming,
+    canvas: fx.Node,
+    ends: Sequence[fx.Node],
+    finishes: Sequence[fx.Node | None],
+    residual: Sequence[bool],
+    split: bool,
+    **settled: Any,
+) -> Plan:
+    gm = capture.graph_module
+    prologue, stem, bodies, head = parts(gm, live, cost, canvas, ends)
+    shape = cost.shape[canvas] or ()
+    crossing = canvas.meta["val"].dtype.itemsize * _crossing(settled["interface"], shape, settled["r"])
+    regions: list[RegionPlan] = []
+    edges = [canvas, *ends]
+    for k, (body, end) in enumerate(zip(bodies, ends, strict=True)):
+        finish = finishes[k]
+        last = k == len(ends) - 1
+        why = [Decision("residual", "yes" if residual[k] else "no", "path of additions from input to output" if residual[k] else "no such path")]
+        if split:
+            own = finish is end
+            why.append(
+                Decision(
+                    "finish",
+                    "the interface's own MLP" if own else f"from {naming.point(finish).name} on",
+                    "the region ends in an op that mixes positions" if own else "all later ops are position-wise",
+                )
+            )
+        regions.append(
+            RegionPlan(
+                index=k,
+                part=body,
+                start=naming.point(edges[k]),
+                end=naming.point(end),
+                finish=naming.point(finish) if finish is not None else None,
+                own_finish=split and finish is end,
+                forward_bytes=0 if last else crossing,
+                backward_bytes=0 if last else crossing,
+                residual=residual[k],
+                batch_independent=None,
+                why=tuple(why),
+            )
+        )
+    names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
+    return Plan(
+        model=_class_name(model),
+        regions=tuple(regions),
+        prologue=prologue,
+        stem=stem,
+        head=head,
+        canvas=naming.point(canvas),
+        dynamic=capture.dynamic,
+        inputs=tuple(
+            (name, tuple(leaf.shape))
+            for name, leaf in zip(names, capture.inputs.leaves, strict=True)
+            if isinstance(leaf, Tensor)
+        ),
+        **settled,
+    )
+

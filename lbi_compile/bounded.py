@@ -1,0 +1,458 @@
+"""The bounded model: the user's parameters, run as regions that meet only in latents."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import engines
+from ._torch import fresh_code, pytree
+from .backend import eager_backend
+from .capture import Inputs, argument_names, bind
+from .errors import DoubleBackwardError, LBIError, NotBuiltError, ShapeNotCapturedError, StaleCaptureError
+from .interfaces import Interface
+from .kernels import ops
+from .passes.insert import OutputName, Program, RegionPieces
+from .passes.scan_backward import ScanRecord
+from .plan import Plan
+
+_chains = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user asked ``transform`` for."""
+
+    regions: int | tuple[str, ...] | Plan
+    r: int
+    interface: str
+    cell: str
+    readout: str
+    backward: str
+    allow_leak: bool
+    seed: int
+
+
+class Taps(NamedTuple):
+    """Values inside the bounded model, for auxiliary losses and diagnostics.
+
+    Attributes:
+        h: Output of each region, ``K`` tensors of the canvas's shape.
+        m: Latent that enters each region, ``K`` entries; ``None`` where none enters.
+    """
+
+    h: tuple[Tensor, ...]
+    m: tuple[Tensor | None, ...]
+
+
+class Region(nn.Module):
+    """Region ``k`` as a module: ``(canvas, m_k) -> (m_{k+1}, h_k)``.
+
+    It owns no parameters; it fetches them from the bounded model by their original names whenever it is called.
+    """
+
+    def __init__(self, k: int, interface: Interface) -> None:
+        super().__init__()
+        self.k = k
+        self._interface = (interface,)  # in a tuple: parameters belong to the bounded model, not to each region
+
+    def forward(
+        self, canvas: Tensor, m: Tensor | None, values: dict[str, Any], pieces: RegionPieces
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Run the region.
+
+        Args:
+            canvas: ``[B, D]`` or ``[B, T, D]``.
+            m: Latent ``m_k``, or ``None`` where none enters.
+            values: Prologue values by name; side outputs are added to it.
+            pieces: The captured code of this region.
+
+        Returns:
+            ``m_{k+1}`` (or ``None``), ``h_k``, and the region's input (the canvas with the latent decoded into it).
+        """
+        (interface,), k = self._interface, self.k
+        x = values[pieces.entry] = interface.enter(k, canvas, m)
+        pieces.body.run(values)
+        a = values[pieces.anchor]
+        z = interface.encode(k, a)
+        if interface.splits:
+            h = interface.inject(k, a, z, m)
+            if pieces.finish is not None:
+                values[pieces.joint] = h
+                pieces.finish.run(values)
+                h = values[pieces.end]
+        else:
+            h = a
+        return interface.leave(k, m=m, h=h, z=z), h, x
+
+
+class BoundedModule(nn.Module):
+    """A model whose regions exchange only small latents. Made by ``lbi_compile.transform``.
+
+    Its parameters are the model's own objects under their own names; those of the interfaces are under ``lbi.``.
+
+    Attributes:
+        plan: How the model is cut.
+        engine: Which engine solved the adjoints of the last call, and why.
+        regions: The regions as modules.
+    """
+
+    lbi: nn.Module
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        super().__init__()
+        # the very same dictionaries and children: names, identity, moves, train and eval are the model's
+        self._parameters = model._parameters
+        self._buffers = model._buffers
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        self._modules = dict(model._modules)
+        self.training = model.training
+        self._source = (model,)
+        self._options = options
+        self._names = argument_names(model)
+        self._plan: Plan | None = None
+        self._regions: tuple[Region, ...] = ()
+        self._seen: tuple[Any, ...] = ()
+        self._engine: engines.Engine | None = None
+        self._request = options.backward
+        self._retarget: torch.dtype | None = None
+        self._forget()
+        self._modules["lbi"] = _Unbuilt()
+
+    def _forget(self) -> None:
+        """Drop everything that is derived from the model by capture and compilation; it is made anew when needed."""
+        self._chain = next(_chains)
+        self._programs: dict[Any, Program] = {}
+        self._checks: dict[Any, Any] = {}
+        self._compiled: dict[Any, Any] = {}
+
+    # -- what users look at
+
+    @property
+    def plan(self) -> Plan:
+        if self._plan is None:
+            raise _not_built("plan")
+        return self._plan
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        if self._plan is None:
+            raise _not_built("regions")
+        return self._regions
+
+    @property
+    def engine(self) -> engines.Engine:
+        if self._engine is None:
+            return engines.Engine("none", "the model has not been called yet")
+        return self._engine
+
+    @property
+    def source(self) -> nn.Module:
+        """The model that was transformed."""
+        return self._source[0]
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The captured programs, one per mode and kind of input; ``str(program)`` prints the code."""
+        return tuple(self._programs.values())
+
+    @property
+    def backward(self) -> str:
+        """The engine asked for."""
+        return self._request
+
+    @contextlib.contextmanager
+    def with_engine(self, name: str) -> Iterator[BoundedModule]:
+        """Run with another engine inside the block.
+
+        Args:
+            name: ``"auto"``, ``"autograd"``, ``"chain"`` or ``"scan"``.
+
+        Example:
+            >>> with bounded.with_engine("autograd"):
+            ...     loss = criterion(bounded(x), y)
+        """
+        before, self._request = self._request, engines.check_request(name)
+        try:
+            yield self
+        finally:
+            self._request = before
+
+    # -- running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns, computed by its regions; takes what the model takes."""
+        return self._call(args, kwargs, taps=False)
+
+    def forward_regions(self, *args: Any, **kwargs: Any) -> tuple[Any, Taps]:
+        """The output, and the regions' outputs and latents beside it.
+
+        Returns:
+            The model's output, and ``Taps``: losses on them are differentiated exactly.
+
+        Example:
+            >>> out, taps = bounded.forward_regions(x)
+            >>> loss = criterion(out, y) + 0.01 * taps.m[2].square().mean()
+        """
+        return self._call(args, kwargs, taps=True)
+
+    def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, taps: bool) -> Any:
+        inputs = bind(self._names, args, kwargs)
+        leaves = inputs.leaves
+        if torch.compiler.is_compiling():
+            program = self._programs.get(self._key(inputs))
+            if program is None:
+                raise RuntimeError("call the bounded model once in this mode with such inputs before compiling it")
+            return _assemble(program, *self._run(program, leaves, marked=not torch.compiler.is_exporting(), taps=taps))
+        program = self._program(inputs)
+        return _assemble(program, *self._solve(program, leaves, taps))
+
+    def _solve(self, program: Program, leaves: list[Any], taps: bool) -> Any:
+        if not torch.is_grad_enabled() or not self._needs_gradient(leaves):
+            self._engine = engines.Engine("none", "no gradient was asked for")
+            return self._run(program, leaves, marked=False, taps=taps)
+        boundaries = self._boundaries()
+        engine = engines.choose(self._request, boundaries=boundaries)
+        if engine.name == engines.SCAN and boundaries >= 2:
+            return self._scan(program, leaves, taps, engine)
+        out = self._run(program, leaves, marked=engine.name == engines.CHAIN, taps=taps)
+        self._engine = engine
+        return out
+
+    def _scan(self, program: Program, leaves: list[Any], taps: bool, engine: engines.Engine) -> Any:
+        key = (id(program), taps)
+        if key not in self._compiled:
+            record = ScanRecord()
+
+            def scanned(module: BoundedModule, leaves: list[Any]) -> Any:
+                return module._run(program, leaves, marked=True, taps=taps)
+
+            self._compiled[key] = (
+                torch.compile(fresh_code(scanned), backend=eager_backend(record), dynamic=True, fullgraph=True),
+                record,
+            )
+        compiled, record = self._compiled[key]
+        record.error = None
+        try:
+            flat, hs, ms = compiled(self, leaves)
+        except Exception as error:
+            if isinstance(record.error, LBIError):
+                raise record.error from error
+            raise
+        self._engine = engines.Engine(
+            engines.SCAN, engine.why, record.jacobians, tuple(sorted(record.unrolled.items()))
+        )
+        return [_once(leaf) for leaf in flat], tuple(map(_once, hs)), tuple(map(_once, ms))
+
+    def _run(
+        self, program: Program, leaves: list[Any], *, marked: bool, taps: bool, canvas: Tensor | None = None
+    ) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
+        values: dict[str, Any] = dict(zip(program.inputs, leaves, strict=True))
+        program.prologue.run(values)
+        program.stem.run(values)
+        interface = self._modules["lbi"]
+        canvas = values[program.canvas] if canvas is None else canvas
+        total = canvas
+        m = interface.initial(canvas)
+        summed = self._plan.readout == "sum"
+        hs, ms = [], []
+        h = canvas
+        for region, pieces in zip(self._regions, program.regions, strict=True):
+            if marked and m is not None:
+                m = ops.boundary(m, region.k, self._chain)
+            ms.append(m)
+            m, h, x = region(canvas, m, values, pieces)
+            hs.append(h)
+            if summed:
+                total = total + (h - x)
+        values[program.head_entry] = total if summed else h
+        program.head.run(values)
+        flat = [values[leaf.name] if isinstance(leaf, OutputName) else leaf for leaf in program.outputs]
+        return flat, tuple(hs) if taps else (), tuple(ms) if taps else ()
+
+    def canvas_function(self, program: Program, leaves: list[Any]) -> Callable[[Tensor], list[Any]]:
+        """The model's flat outputs as a function of the canvas alone, for probes."""
+        return lambda canvas: self._run(program, leaves, marked=False, taps=False, canvas=canvas)[0]
+
+    def build(self, inputs: Inputs) -> None:
+        """Capture the model and make the interfaces. ``transform`` calls it where it has inputs, else the first call.
+
+        Args:
+            inputs: One call's inputs.
+        """
+        from .transform import build  # transform knows bounded, so bounded cannot know it at import
+
+        build(self, inputs)
+
+    def _needs_gradient(self, leaves: list[Any]) -> bool:
+        return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves) or any(
+            p.requires_grad for p in self.parameters()
+        )
+
+    def _boundaries(self) -> int:
+        return len(self._modules["lbi"].latents)
+
+    # -- capture on demand
+
+    def _key(self, inputs: Inputs) -> Any:
+        return (self.training, _signature(inputs.args), _signature(inputs.kwargs))
+
+    def _program(self, inputs: Inputs) -> Program:
+        if self._plan is None:
+            self.build(inputs)
+        self._raise_if_stale()
+        key = self._key(inputs)
+        if key not in self._programs or self._checks[key].modes != self._modes():
+            from .transform import build_program
+
+            self._remember(inputs, *build_program(self, inputs))
+        self._checks[key](inputs)
+        return self._programs[key]
+
+    def _remember(self, inputs: Inputs, program: Program, check: ShapeCheck) -> None:
+        check.modes = self._modes()
+        self._programs[self._key(inputs)], self._checks[self._key(inputs)] = program, check
+        self._seen = self._seen or _fingerprint(self.source)
+
+    def _modes(self) -> tuple[bool, ...]:
+        """Training flag of every submodule: freezing the statistics of one BatchNorm is a mode of its own."""
+        return tuple(child.training for child in self.source.modules() if child is not self.source)
+
+    def _raise_if_stale(self) -> None:
+        seen = _fingerprint(self.source)
+        if self._seen and seen != self._seen:
+            changed = sorted({a[0] for a, b in itertools.zip_longest(seen, self._seen, fillvalue=("?",)) if a != b})
+            raise StaleCaptureError(
+                f"the model changed after transform at {', '.join(name or '<model>' for name in changed[:4])}",
+                expected="the modules and hooks that were captured",
+                do="swap modules, add adapters, parametrizations and hooks first, then transform",
+            )
+
+    # -- copies, moves, state
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for derived in ("_programs", "_checks", "_compiled", "_chain", "_seen"):
+            state.pop(derived)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._seen = ()
+        self._forget()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BoundedModule:
+        before = _placement(self)
+        super()._apply(fn, recurse)
+        if _placement(self) != before:
+            self._forget()  # devices and dtypes are baked into captured code
+        return self
+
+
+class _Unbuilt(nn.Module):
+    """Stands for the interfaces of a bounded model that has seen no inputs: an optimizer cannot be built yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("unbuilt", _UnbuiltParameter())
+
+
+class _UnbuiltParameter(nn.UninitializedParameter):
+    @property
+    def is_leaf(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # the one property of a parameter that every optimizer asks for before it accepts it
+        raise _not_built("parameters for an optimizer")
+
+
+def _not_built(what: str) -> NotBuiltError:
+    return NotBuiltError(
+        f"a bounded model without {what}: it was transformed without example inputs and not called yet",
+        expected="one call, which captures the model and makes the interface parameters",
+        do="call bounded(x) once, or pass example_inputs to transform, before asking for this",
+    )
+
+
+class _RefuseDoubleBackward(torch.autograd.Function):
+    """Identity whose backward refuses to be recorded: the scan backward is compiled for first derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():
+            raise DoubleBackwardError(
+                "create_graph=True through the scan backward",
+                expected="first derivatives only",
+                do='use bounded.with_engine("autograd") for gradients of gradients',
+            )
+        return grad
+
+
+def _once(value: Any) -> Any:
+    return _RefuseDoubleBackward.apply(value) if isinstance(value, Tensor) and value.requires_grad else value
+
+
+def _assemble(program: Program, flat: list[Any], hs: tuple[Any, ...], ms: tuple[Any, ...]) -> Any:
+    out = pytree.tree_unflatten(flat, program.out_spec)
+    return (out, Taps(hs, ms)) if hs else out
+
+
+def _signature(value: Any) -> Any:
+    """What a capture depends on: structure, rank and dtype of tensors, and every constant."""
+    if isinstance(value, Tensor):
+        return ("tensor", value.dim(), value.dtype)
+    if isinstance(value, Mapping):
+        return ("map", tuple((key, _signature(value[key])) for key in value))
+    if isinstance(value, (tuple, list)):
+        return ("row", tuple(_signature(item) for item in value))
+    return value
+
+
+def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
+    return tuple(
+        (name, id(module), len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
+        for name, module in model.named_modules()
+    )
+
+
+def _placement(model: nn.Module) -> set[Any]:
+    return {(t.device, t.dtype) for t in itertools.chain(model.parameters(), model.buffers())}
+
+
+class ShapeCheck:
+    """Compares a call's shapes with those a program was captured for.
+
+    Args:
+        inputs: For each input leaf its name and captured sizes (an ``int`` is fixed, a name may vary), or ``None``.
+
+    Attributes:
+        modes: Training flag of every submodule at capture.
+    """
+
+    def __init__(self, inputs: list[tuple[str, tuple[int | str, ...]] | None]) -> None:
+        self.inputs = inputs
+        self.modes: tuple[bool, ...] = ()
+
+    def __call__(self, inputs: Inputs) -> None:
+        bound: dict[str, int] = {}
+        for leaf, wanted in zip(inputs.leaves, self.inputs, strict=True):
+            if wanted is None:
+                continue
+            name, sizes = wanted
+            for axis, (size, want) in enumerate(zip(leaf.shape, sizes, strict=True)):
+                expected = bound.setdefault(want, size) if isinstance(want, str) else want
+                if size != expected:
+                    captured = ", ".join(map(str, sizes))
+                    raise ShapeNotCapturedError(
+                        f"{name} of shape {list(leaf.shape)}: size {size} on axis {axis}",
+                        expected=f"[{captured}], where a name stands for any size and equal names for equal sizes",
+                        do="give inputs of the captured sizes, or transform again with example inputs of this shape",
+                    )

@@ -1,0 +1,326 @@
+"""Capture: any module as an FX graph of aten operators, its parameters the module's own."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+
+from ._torch import GuardOnDataDependentSymNode, pytree, unset_fake_temporarily
+from .errors import CaptureError, DataDependentControlFlowError, ExampleInputsError, NotAModuleError
+
+LADDER = (("batch", "sequence"), ("batch",), ())
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The inputs of one call, in the form capture and bounded models use.
+
+    Attributes:
+        args: Positional arguments that cannot be named (a ``*args`` forward has them).
+        kwargs: Every other argument by name.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def leaves(self) -> list[Any]:
+        """The tensors and constants of the call, in pytree order."""
+        return pytree.tree_leaves((self.args, self.kwargs))
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """One captured program.
+
+    Attributes:
+        graph_module: The exported graph; its parameters and buffers are the model's own objects.
+        inputs: The inputs it was captured with (real tensors, batch of at least 2).
+        dynamic: Axes that may change from call to call, a subset of ``("batch", "sequence")``.
+        out_spec: Structure of the output.
+        refused: For each rung of the ladder that failed, why.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: Inputs
+    dynamic: tuple[str, ...]
+    out_spec: Any
+    refused: tuple[tuple[str, str], ...]
+
+
+def argument_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the positional arguments of ``model.forward``; empty where it takes ``*args``."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return ()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
+    """Name the positional arguments and drop keywords that say nothing, so that equal calls look equal.
+
+    Args:
+        names: What ``argument_names`` gave.
+        args: Positional arguments.
+        kwargs: Keyword arguments; those that are ``None`` are dropped.
+    """
+    named = dict(zip(names, args, strict=False))
+    rest = args[len(named) :]
+    merged = {**named, **kwargs}
+    return Inputs(rest, {name: merged[name] for name in sorted(merged) if merged[name] is not None})
+
+
+def as_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
+    """Read the four forms of example inputs: tensor, tuple of args, dict of kwargs, ``(args, kwargs)``.
+
+    Raises:
+        ExampleInputsError: None was given and the model brings none, or the form is another one.
+    """
+    names = argument_names(model)
+    if example_inputs is None:
+        example_inputs = default_inputs(model)
+        if example_inputs is None:
+            raise ExampleInputsError(
+                f"no example inputs, and {type(model).__name__} has neither example_input_array nor dummy_inputs",
+                expected="one set of inputs the model can run on",
+                do="pass example_inputs, or call the bounded model once: it is then built from that call",
+            )
+    if isinstance(example_inputs, Tensor):
+        return bind(names, (example_inputs,), {})
+    if isinstance(example_inputs, Mapping):
+        return bind(names, (), dict(example_inputs))
+    if isinstance(example_inputs, (tuple, list)):
+        match example_inputs:
+            case (tuple() | list() as args, Mapping() as kwargs):
+                return bind(names, tuple(args), dict(kwargs))
+        return bind(names, tuple(example_inputs), {})
+    raise ExampleInputsError(
+        f"example_inputs of type {type(example_inputs).__name__}",
+        expected="a tensor, a tuple of arguments, a dict of keyword arguments, or (arguments, keyword arguments)",
+        do="wrap the input in a tuple: example_inputs=(x,)",
+    )
+
+
+def default_inputs(model: nn.Module) -> Any:
+    """``model.example_input_array`` (Lightning), else ``model.dummy_inputs`` (transformers), else ``None``."""
+    found = getattr(model, "example_input_array", None)
+    return found if found is not None else getattr(model, "dummy_inputs", None)
+
+
+def capture(model: nn.Module, inputs: Inputs, *, ladder: tuple[tuple[str, ...], ...] = LADDER) -> Capture:
+    """Export ``model`` in the mode it is in, with as many dynamic axes as it allows.
+
+    Contract: the model, its buffers, its configuration and the random state are afterwards as before.
+
+    Args:
+        model: The module; its parameters and buffers become the graph's, by identity.
+        inputs: One call's inputs. A batch of one is repeated to two, because a size of one is not generalised.
+        ladder: Sets of dynamic axes to try in order.
+
+    Returns:
+        The first rung of the ladder that exports.
+
+    Raises:
+        NotAModuleError: ``model`` is no module.
+        DataDependentControlFlowError: The forward branches on the value of a tensor; the line is named.
+        ExampleInputsError: The model itself fails on these inputs.
+        CaptureError: ``torch.export`` fails for another reason.
+
+    Example:
+        >>> found = capture(model, as_inputs(model, (x,)))
+        >>> found.dynamic
+        ('batch', 'sequence')
+    """
+    if not isinstance(model, nn.Module):
+        raise NotAModuleError(
+            f"a model of type {type(model).__name__}",
+            expected="a torch.nn.Module",
+            do="wrap the function in a module whose forward calls it",
+        )
+    inputs = _at_least_two(inputs)
+    refused: list[tuple[str, str]] = []
+    first: BaseException | None = None
+    tried: list[Any] = []
+    for rung in ladder:
+        shapes = _dynamic_shapes(inputs, rung, _rest_name(model))
+        if shapes in tried:
+            continue
+        tried.append(shapes)
+        name = "+".join(rung) or "static"
+        try:
+            with _undisturbed(model), unset_fake_temporarily():
+                program = torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # every failure of the exporter is a reason to try the next rung
+            first = first or error
+            if _is_data_dependent(error):
+                raise _data_dependent(error) from error
+            refused.append((name, str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)))
+            continue
+        module = program.module(check_guards=False)
+        assert isinstance(module, fx.GraphModule)
+        return Capture(
+            module, inputs, _really_dynamic(module, inputs, rung), program.call_spec.out_spec, tuple(refused)
+        )
+    assert first is not None
+    raise _why_not(model, inputs, first) from first
+
+
+def _why_not(model: nn.Module, inputs: Inputs, error: BaseException) -> CaptureError | ExampleInputsError:
+    """Tell inputs the model cannot run on from a model the exporter cannot read."""
+    try:
+        with _undisturbed(model), torch.no_grad():
+            model(*inputs.args, **inputs.kwargs)
+    except Exception as own:
+        return ExampleInputsError(
+            f"{type(model).__name__} fails on the example inputs {_describe(inputs)}: {_line(own)}",
+            expected="inputs that the model itself runs on",
+            do="call model(...) with them first; pass keyword arguments as a dict",
+        )
+    return CaptureError(
+        f"torch.export cannot capture {type(model).__name__}: {_line(error)}",
+        expected="a forward that torch.export.export(model, args, strict=False) can read",
+        do=f"look at {_user_frame(error) or 'the exporter message above'}; rewrite what it names without Python side effects",
+    )
+
+
+def _is_data_dependent(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in text
+
+
+def _data_dependent(error: BaseException) -> DataDependentControlFlowError:
+    return DataDependentControlFlowError(
+        f"Python control flow on the value of a tensor at {_user_frame(error) or 'an unknown line'}",
+        expected="a forward whose branches depend on shapes and options alone",
+        do="use torch.where or torch.cond there, or transform the part of the model without the branch",
+    )
+
+
+def _user_frame(error: BaseException) -> str | None:
+    """The innermost line of the traceback that is not torch's own: ``file:line, in function: code``."""
+    torch_home = str(Path(torch.__file__).parent)
+    found = None
+    seen: BaseException | None = error
+    while seen is not None:
+        frames = [f for f in traceback.extract_tb(seen.__traceback__) if not f.filename.startswith(torch_home)]
+        frames = [f for f in frames if f.filename != __file__]
+        if frames:
+            found = frames[-1]
+            break
+        seen = seen.__cause__ or seen.__context__
+    return found and f"{found.filename}:{found.lineno}, in {found.name}: {found.line}"
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _describe(inputs: Inputs) -> str:
+    def one(value: Any) -> str:
+        return f"{value.dtype}{list(value.shape)}".removeprefix("torch.") if isinstance(value, Tensor) else repr(value)
+
+    named = [f"{name}={one(value)}" for name, value in inputs.kwargs.items()]
+    return "(" + ", ".join([*(one(value) for value in inputs.args), *named]) + ")"
+
+
+def _at_least_two(inputs: Inputs) -> Inputs:
+    """Repeat a batch of one: the exporter would bake the size in."""
+    sizes = [leaf.shape[0] for leaf in inputs.leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    if not sizes or any(size != 1 for size in sizes):
+        return inputs
+
+    def twice(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim():
+            return leaf
+        doubled = leaf.detach().repeat(2, *[1] * (leaf.dim() - 1))
+        return doubled.requires_grad_(leaf.requires_grad)
+
+    args, kwargs = pytree.tree_map(twice, (inputs.args, inputs.kwargs))
+    return Inputs(args, kwargs)
+
+
+def _rest_name(model: nn.Module) -> str:
+    """Name of the ``*args`` of the forward."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+
+
+def _dynamic_shapes(inputs: Inputs, rung: tuple[str, ...], rest: str) -> dict[str, Any]:
+    """The exporter's ``dynamic_shapes``: axis 0 where it has the batch size, axis 1 where it has the length."""
+    tensors = [leaf for leaf in inputs.leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    batch = tensors[0].shape[0] if tensors else 0
+    # a sequence is integers [B, T] or floats [B, T, D]; a float matrix is features, four axes are an image
+    lengths = [t.shape[1] for t in tensors if t.dim() == 3 or (t.dim() == 2 and not t.is_floating_point())]
+    length = lengths[0] if lengths else 0
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim():
+            return None
+        axes: dict[int, Any] = {}
+        if "batch" in rung and leaf.shape[0] == batch > 1:
+            axes[0] = Dim.DYNAMIC
+        if "sequence" in rung and leaf.dim() in (2, 3) and leaf.shape[1] == length > 1:
+            axes[1] = Dim.DYNAMIC
+        return axes or None
+
+    args, kwargs = pytree.tree_map(one, (inputs.args, inputs.kwargs))
+    return {rest: args, **kwargs} if inputs.args else kwargs
+
+
+def _really_dynamic(module: fx.GraphModule, inputs: Inputs, rung: tuple[str, ...]) -> tuple[str, ...]:
+    axes: set[int] = set()
+    for node in module.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            axes |= {axis for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt)}
+    return tuple(name for axis, name in enumerate(("batch", "sequence")) if axis in axes and name in rung)
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Caching off while inside; configuration, buffers, mode and random state as before afterwards."""
+    caches: list[tuple[Any, bool]] = []
+    for config in _configs(model):
+        if getattr(config, "use_cache", None):
+            caches.append((config, config.use_cache))
+            config.use_cache = False
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+            yield
+    finally:
+        for config, value in caches:
+            config.use_cache = value
+        for module, training in modes:
+            module.training = training
+        current = dict(model.named_buffers())
+        with torch.no_grad():
+            for name, value in buffers.items():
+                if not torch.equal(current[name], value):
+                    current[name].copy_(value)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every configuration object of the model and of its parts: each keeps its own ``use_cache``."""
+    found: dict[int, Any] = {}
+    pending = [getattr(module, "config", None) for module in model.modules()]
+    while pending:
+        config = pending.pop()
+        if config is None or isinstance(config, (dict, str, int, float)) or id(config) in found:
+            continue
+        found[id(config)] = config
+        values = vars(config).values() if hasattr(config, "__dict__") else ()
+        pending.extend(value for value in values if hasattr(value, "use_cache"))
+    return list(found.values())

@@ -1,0 +1,230 @@
+"""The command line: ``lbi-compile`` and ``python -m lbi_compile``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import demo, engines, sources
+from .errors import LBIError, PlanError
+from .plan import Plan
+from .render.report import ReportView
+from .render.text import show
+from .render.tree import PlanView
+
+OK, NOT_OK, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: What follows the program's name; by default what the process was started with.
+
+    Returns:
+        0 where all is well, 1 where a check failed, 2 where the command could not run, 130 after Ctrl-C.
+
+    Example:
+        >>> main(["inspect", "hf:gpt2", "--set", "n_layer=4", "--regions", "2"])  # doctest: +SKIP
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except LBIError as error:
+        print(f"lbi-compile {options.command}: {type(error).__name__}\n  {error}", file=sys.stderr)
+        return WRONG_USE
+    except KeyboardInterrupt:
+        print(f"lbi-compile {options.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has seen enough; Python's own flush at exit must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOT_OK
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from . import transform
+
+    model, inputs = _load(options)
+    bounded = transform(model, inputs, **_cut(options), **_training_side(options))
+    engine = engines.choose(bounded.backward, boundaries=bounded._boundaries())
+    _print_plan(PlanView(bounded.plan, engine=str(engine), why=options.why), options)
+    return OK
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from . import plan
+
+    model, inputs = _load(options)
+    _print_plan(PlanView(plan(model, inputs, **_cut(options)), why=options.why), options)
+    return OK
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from . import transform, verify
+
+    model, inputs = _load(options)
+    bounded = transform(model, inputs, **_cut(options), **_training_side(options))
+    report = verify(bounded, inputs)
+    _print_record(report) if options.json else show(ReportView(report))
+    return OK if report.ok else NOT_OK
+
+
+def _demo(options: argparse.Namespace) -> int:
+    training = demo.Training(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(demo.Training)}
+    )
+    result = demo.run(training, quiet=options.json, backward=options.backward, **_cut(options))
+    if options.json:
+        _print_record(result)
+    return OK if result.ok else NOT_OK
+
+
+def _load(options: argparse.Namespace) -> sources.Loaded:
+    torch.manual_seed(options.seed)
+    if ".py:" in options.model:
+        print(f"running the code of {options.model}", file=sys.stderr)
+    return sources.load(options.model, overrides=dict(options.set), batch=options.batch, length=options.length)
+
+
+def _print_plan(view: PlanView, options: argparse.Namespace) -> None:
+    print(view.plan.to_json()) if options.json else show(view)
+
+
+def _print_record(record: Any) -> None:
+    print(json.dumps({"ok": record.ok, **dataclasses.asdict(record)}, indent=2))
+
+
+def _cut(options: argparse.Namespace) -> dict[str, Any]:
+    named = {name: getattr(options, name) for name in ("r", "interface", "cell", "readout")}
+    return {"regions": _regions(options.regions), **named}
+
+
+def _training_side(options: argparse.Namespace) -> dict[str, Any]:
+    return {"backward": options.backward, "seed": options.seed}
+
+
+def _regions(text: str) -> int | list[str] | Plan:
+    if text.lstrip("-").isdigit():
+        return int(text)
+    if not text.endswith(".json"):
+        return text.split(",")
+    try:
+        return Plan.from_json(Path(text).read_text())
+    except OSError as error:
+        raise PlanError(
+            f"{text}: {error.strerror}", expected="a plan that `lbi-compile plan --json` wrote", do="look at the path"
+        ) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lbi-compile", description="Cut a PyTorch model into regions that exchange only small latents."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, run, text in (
+        ("inspect", _inspect, "transform a model and show its regions"),
+        ("plan", _plan, "show where a model would be cut, and insert nothing"),
+        ("verify", _verify, "transform a model and check its gradients, leaks and Jacobians"),
+    ):
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(run=run)
+        _add_source(command)
+        _add_cut(command, regions=8)
+        if run is not _plan:
+            _add_backward(command, "auto")
+        if run is not _verify:
+            command.add_argument("--why", action="store_true", help="print every decision with its reason")
+        _add_common(command)
+    command = commands.add_parser(
+        "demo",
+        help="train a causal transformer on bytes of Python's standard library",
+        description="Cut an 8-layer causal transformer, verify it, and train it on bytes of Python's standard library.",
+    )
+    command.set_defaults(run=_demo)
+    _add_cut(command, regions=4)
+    _add_backward(command, "scan")
+    _add_training(command)
+    _add_common(command)
+    return parser
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help=sources.FORMS)
+    command.add_argument(
+        "--set", action="append", type=_override, default=[], metavar="NAME=VALUE", help="field of an hf: configuration"
+    )
+    for name, value, text in (("batch", 2, "samples"), ("length", 32, "positions")):
+        command.add_argument(
+            f"--{name}",
+            type=_positive,
+            default=value,
+            metavar="N",
+            help=f"{text} in made-up inputs (default: %(default)s)",
+        )
+
+
+def _add_cut(command: argparse.ArgumentParser, *, regions: int) -> None:
+    command.add_argument(
+        "--regions",
+        default=str(regions),
+        metavar="K",
+        help="how many; or paths of the modules that start all but the first, comma between; or a plan.json "
+        "(default: %(default)s)",
+    )
+    command.add_argument("--r", type=int, default=16, metavar="R", help="latent width (default: %(default)s)")
+    for name, text in (
+        ("interface", "what crosses: pooled, chunked, token, identity, zero, self"),
+        ("cell", "of the token interface: gru, linear"),
+        ("readout", "what the head reads: last, sum"),
+    ):
+        command.add_argument(f"--{name}", default="auto", metavar="NAME", help=f"{text} (default: auto)")
+
+
+def _add_backward(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--backward",
+        default=default,
+        metavar="NAME",
+        help="how adjoints are solved: auto, autograd, chain, scan (default: %(default)s)",
+    )
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of all random numbers (default: %(default)s)"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON record and nothing else")
+
+
+def _add_training(command: argparse.ArgumentParser) -> None:
+    default = demo.Training()
+    for name, kind, text in (
+        ("steps", _positive, "optimizer steps"),
+        ("seconds", float, "start no step later than this"),
+        ("batch", _positive, "windows in a step"),
+        ("learning-rate", float, "highest rate of AdamW"),
+    ):
+        value = getattr(default, name.replace("-", "_"))
+        command.add_argument(f"--{name}", type=kind, default=value, metavar="N", help=f"{text} (default: %(default)s)")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _override(text: str) -> tuple[str, Any]:
+    try:
+        return sources.parse_override(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

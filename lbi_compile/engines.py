@@ -1,0 +1,67 @@
+"""Engines: how the adjoints of a bounded model are solved. All give the same gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import OptionError
+
+AUTOGRAD, CHAIN, SCAN = "autograd", "chain", "scan"
+REQUESTS = ("auto", AUTOGRAD, CHAIN, SCAN)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What solved the adjoints of the last call, and why that engine.
+
+    Attributes:
+        name: ``"autograd"`` (the oracle), ``"chain"`` (region after region), ``"scan"`` (Jacobians, then one suffix
+            scan), or ``"none"`` for a call that needed no gradient.
+        why: The reason, one sentence.
+        jacobians: Interface Jacobians the scan combines.
+        unrolled: Operators of the backward that were run once per cotangent because they cannot be batched, with the
+            reason.
+    """
+
+    name: str
+    why: str
+    jacobians: int = 0
+    unrolled: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        text = f"{self.name} ({self.why})"
+        if self.unrolled:
+            text += "; unrolled over r: " + ", ".join(op for op, _ in self.unrolled)
+        return text
+
+
+def check_request(request: str) -> str:
+    """Return ``request`` if it names an engine or ``"auto"``.
+
+    Raises:
+        OptionError: It does not.
+    """
+    if request not in REQUESTS:
+        raise OptionError(
+            f"backward={request!r}", expected=f"one of {', '.join(REQUESTS)}", do="pass one of these engines"
+        )
+    return request
+
+
+def choose(request: str, *, boundaries: int) -> Engine:
+    """Settle which engine runs a model with this many latents between regions.
+
+    ``auto`` takes the chain: on one device, as long as regions run one after another, forming Jacobians costs ``r``
+    extra vector-Jacobian products a region and saves no time.
+
+    Args:
+        request: ``"auto"`` or the name of an engine.
+        boundaries: Latents that cross.
+    """
+    if request == "auto":
+        if boundaries == 0:
+            return Engine(AUTOGRAD, "auto: nothing crosses between regions")
+        return Engine(CHAIN, "auto: on one device with regions run one by one, the chain is the cheapest exact engine")
+    if request == SCAN and boundaries < 2:
+        return Engine(SCAN, f"asked for; {boundaries} latent(s) cross, so there is no Jacobian and nothing to scan")
+    return Engine(request, "asked for")

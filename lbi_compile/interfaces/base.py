@@ -1,0 +1,161 @@
+"""The base of all interfaces and the small layers they are made of."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Root mean square of GELU(x) for x ~ N(0, 1): keeps the output of a two-layer MLP at unit scale.
+GELU_RMS = 0.652
+# Root mean square of a decoded latent over that of the canvas at the first step: heard, but the canvas leads.
+DECODED_SHARE = 0.2
+# A LayerNorm or RMS norm over fewer numbers leaves hardly more than their signs, over one number nothing at all.
+SMALLEST_NORM = 4
+
+
+class Interface(nn.Module):
+    """What crosses the boundaries of one bounded model: encoders into the latent, decoders out of it.
+
+    One region step, for interfaces that do not split regions and for those that do::
+
+        x = interface.enter(k, canvas, m)
+        h = body(x)                                         # splits is False, z is None
+        a = body(x); z = interface.encode(k, a)             # splits is True
+        h = finish(interface.inject(k, a, z, m))
+        m = interface.leave(k, m=m, h=h, z=z)
+
+    The methods of this base cross nothing: every region reads the canvas alone.
+
+    Attributes:
+        kind: Name of the interface, as in ``transform(interface=...)``.
+        parallel: The body of every region reads the canvas only, so that all bodies may run side by side.
+        splits: Regions are split into body and finish, and the latent enters between them.
+        first_latent: Index of the first latent that exists; ``None`` where nothing crosses.
+        readouts: Readouts that leave no parameter of the model or the interface without a gradient, for K >= 2.
+        regions: Number of regions K.
+        r: Latent width R.
+    """
+
+    kind: ClassVar[str] = ""
+    parallel: ClassVar[bool] = False
+    splits: ClassVar[bool] = False
+    first_latent: ClassVar[int | None] = None
+    readouts: tuple[str, ...] = ("sum", "last")
+
+    def __init__(self, *, regions: int, r: int) -> None:
+        super().__init__()
+        self.regions = regions
+        self.r = r
+
+    @property
+    def latents(self) -> range:
+        """Indices k of the latents `m_k` that exist."""
+        return range(0) if self.first_latent is None else range(self.first_latent, self.regions)
+
+    @property
+    def parameter_count(self) -> int:
+        """How many trainable numbers the interface adds to the model."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def initial(self, canvas: Tensor) -> Tensor | None:
+        """The latent `m_0` of the canvas; ``None`` where region 0 reads no latent."""
+        return None
+
+    def enter(self, k: int, canvas: Tensor, m: Tensor | None) -> Tensor:
+        """What the body of region ``k`` reads in place of its separator, in the shape and dtype of the canvas."""
+        return canvas
+
+    def encode(self, k: int, a: Tensor) -> Tensor | None:
+        """What region ``k`` says to later regions, `[B, T, R]`, from its value ``a`` where its finish begins."""
+        return None
+
+    def inject(self, k: int, a: Tensor, z: Tensor | None, m: Tensor | None) -> Tensor:
+        """What the finish of region ``k`` reads in place of ``a``, in the shape and dtype of ``a``."""
+        return a
+
+    def leave(self, k: int, *, m: Tensor | None, h: Tensor, z: Tensor | None) -> Tensor | None:
+        """The latent `m_{k+1}`; ``None`` after the last region and where nothing crosses."""
+        return None
+
+    def latent_shape(self, canvas_shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Shape of every latent for a canvas of ``canvas_shape``; ``None`` where nothing crosses."""
+        return None
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}, regions={self.regions}, r={self.r}"
+
+
+class Draw:
+    """Makes layers whose numbers come from one private generator.
+
+    Numbers are drawn in float64 on the CPU, so that one seed gives the same interface on every device and, up to
+    rounding, in every dtype, and PyTorch's global generators stay as they are.
+
+    Args:
+        seed: Seed of the generator.
+        like: Tensor whose dtype and device the parameters get.
+        scale: Root mean square of the canvas.
+    """
+
+    def __init__(self, seed: int, *, like: Tensor, scale: float) -> None:
+        self.generator = torch.Generator(device="cpu").manual_seed(seed)
+        self.dtype, self.device, self.scale = like.dtype, like.device, scale
+
+    def normal(self, *shape: int) -> Tensor:
+        """Numbers of N(0, 1), float64 on the CPU."""
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
+
+    def linear(self, inputs: int, outputs: int, *, gain: float = 1.0, bias: bool = True) -> nn.Linear:
+        """A linear layer whose output has root mean square ``gain`` for an input of root mean square 1."""
+        # On the meta device the layer's own initialisation draws nothing.
+        layer = nn.Linear(inputs, outputs, bias=bias, device="meta", dtype=self.dtype).to_empty(device=self.device)
+        with torch.no_grad():
+            layer.weight.copy_(self.normal(outputs, inputs) * (gain / math.sqrt(inputs)))
+            if bias:
+                layer.bias.zero_()
+        return layer
+
+    def norm(self, width: int) -> nn.Module:
+        """LayerNorm over ``width`` numbers; the identity where a norm would leave too little of them."""
+        if width < SMALLEST_NORM:
+            return nn.Identity()
+        return nn.LayerNorm(width, device=self.device, dtype=self.dtype)
+
+    def latent_norm(self, width: int) -> nn.Module:
+        """LayerNorm over a latent of ``width`` numbers; tanh where a norm would leave too little of them."""
+        return self.norm(width) if width >= SMALLEST_NORM else nn.Tanh()
+
+    def parameter(self, value: Tensor | float) -> nn.Parameter:
+        """``value`` as a trainable parameter."""
+        return nn.Parameter(torch.as_tensor(value, dtype=torch.float64).to(device=self.device, dtype=self.dtype))
+
+
+class Encoder(nn.Module):
+    """Small MLP from the width of the model into a latent, `[..., D]` -> `[..., R]`: norm, linear, GELU, linear."""
+
+    def __init__(self, draw: Draw, *, width: int, hidden: int, r: int) -> None:
+        super().__init__()
+        self.norm = draw.norm(width)
+        self.hidden = draw.linear(width, hidden)
+        self.out = draw.linear(hidden, r, gain=1 / GELU_RMS)
+
+    def forward(self, value: Tensor) -> Tensor:
+        dtype = self.out.weight.dtype
+        # Autocast would leave bfloat16 here and float32 behind a norm: latents keep the dtype of the parameters.
+        return self.out(F.gelu(self.hidden(self.norm(value.to(dtype))))).to(dtype)
+
+
+class Decoder(nn.Module):
+    """Small MLP from a latent to the width of the model, `[..., R]` -> `[..., D]`: linear, GELU, linear."""
+
+    def __init__(self, draw: Draw, *, r: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.hidden = draw.linear(r, hidden)
+        self.out = draw.linear(hidden, width, gain=DECODED_SHARE * draw.scale / GELU_RMS)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.out(F.gelu(self.hidden(latent)))

@@ -1,0 +1,140 @@
+"""The chunked interface: one latent per sample whose parts look back only, for causal models."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import LatentWidthError
+from .base import SMALLEST_NORM, Decoder, Draw, Encoder, Interface
+
+MOST_CHUNKS = 4
+
+
+def chunk_count(r: int, chunks: int | None = None) -> int:
+    """How many chunks C a latent of width ``r`` has.
+
+    The most that divide ``r``, are no more than 4 and leave at least 4 numbers to each: 4 of 4 for 16, 2 of 4 for 8,
+    2 of 5 for 10. Below 8, and where nothing divides, one.
+
+    Args:
+        r: Latent width R.
+        chunks: A number to use instead, however narrow the chunks get.
+
+    Raises:
+        LatentWidthError: ``chunks`` does not divide ``r``.
+
+    Example:
+        >>> chunk_count(16), chunk_count(12), chunk_count(6), chunk_count(6, chunks=3)
+        (4, 3, 1, 3)
+    """
+    if chunks is None:
+        return max(c for c in range(1, MOST_CHUNKS + 1) if c == 1 or (r % c == 0 and r // c >= SMALLEST_NORM))
+    if chunks < 1 or r % chunks:
+        raise LatentWidthError(
+            f"a latent of width r={r} in {chunks} chunks",
+            expected="a positive number of chunks that divides r",
+            do=f"take r={max(1, r // max(chunks, 1)) * max(chunks, 1)}, or leave the number of chunks to the library",
+        )
+    return chunks
+
+
+def tokens_per_chunk(T: int, r: int, chunks: int | None = None) -> int:
+    """Positions per chunk for sequences of about ``T``: `ceil(T / (C + 1))`, as the last group feeds no chunk.
+
+    Example:
+        >>> tokens_per_chunk(128, 16)
+        26
+    """
+    return math.ceil(T / (chunk_count(r, chunks) + 1))
+
+
+class ChunkedInterface(Interface):
+    """One latent `[B, R]` per sample, made of C chunks of w = R / C numbers that look back only.
+
+    Position t belongs to group `min(t // chunk, C)`. Group g < C is pooled into chunk g of the latent, and its
+    positions read chunks 0..g-1 only: group 0 reads nothing, group C reads all and is pooled into none. Per chunk,
+    `m_0 = E_in(mean canvas)` and `m_{k+1} = norm(m_k + tanh(g_k) * D_k(mean h_k))`, with an RMS norm for w >= 4 and
+    tanh below; a chunk without positions is 0. So `J_k` is `R x R`, block lower triangular, and nothing looks ahead:
+    whatever a position reads comes from chunks that are full, the same bit for bit however many positions follow.
+    With one chunk (R < 8) no region hears a latent and passes on what it heard: such a model has to sum its readout.
+
+    Canvas and `h_k` are `[B, T, D]`, for any T.
+    """
+
+    kind: ClassVar[str] = "chunked"
+    first_latent: ClassVar[int | None] = 0
+
+    def __init__(self, draw: Draw, *, regions: int, width: int, r: int, chunks: int, chunk: int) -> None:
+        super().__init__(regions=regions, r=r)
+        self.chunks, self.chunk, self.chunk_width = chunks, chunk, r // chunks
+        if chunks == 1:
+            # Group 0 reads nothing and group 1 is pooled into nothing: what U_k adds leaves region k only by the sum.
+            self.readouts = ("sum",)
+        hidden = 4 * r
+        self.encode_canvas = Encoder(draw, width=width, hidden=hidden, r=self.chunk_width)
+        self.decoders = nn.ModuleList(Decoder(draw, r=r, hidden=hidden, width=width) for _ in range(regions))
+        self.encoders = nn.ModuleList(
+            Encoder(draw, width=width, hidden=hidden, r=self.chunk_width) for _ in range(regions - 1)
+        )
+        self.gates = nn.ParameterList(draw.parameter(math.atanh(1 / math.sqrt(k + 2))) for k in range(regions - 1))
+
+    def initial(self, canvas: Tensor) -> Tensor:
+        means, filled = self._pool(canvas)
+        return _keep(self.encode_canvas(means), filled).flatten(1)
+
+    def enter(self, k: int, canvas: Tensor, m: Tensor) -> Tensor:
+        latent = m.unflatten(1, (self.chunks, self.chunk_width))  # [B, C, w]
+        index = torch.arange(self.chunks, device=m.device)
+        past = index[:, None] >= index  # [C, C]: group g = row + 1 may read chunks 0..g-1
+        # where, not a product with zeros: a NaN in a later chunk must not reach an earlier group.
+        read = torch.where(past[:, :, None], latent[:, None], latent.new_zeros(()))  # [B, C, C, w]
+        decoded = self.decoders[k](read.flatten(2)).to(canvas.dtype)  # [B, C, D]
+        return canvas + self._spread(decoded, canvas.shape[1])
+
+    def leave(self, k: int, *, m: Tensor, h: Tensor, z: Tensor | None = None) -> Tensor | None:
+        if k == self.regions - 1:
+            return None
+        means, filled = self._pool(h)
+        latent = m.unflatten(1, (self.chunks, self.chunk_width))
+        latent = latent + self.gates[k].tanh() * self.encoders[k](means)
+        return _keep(self._norm(latent), filled).flatten(1).to(m.dtype)
+
+    def latent_shape(self, canvas_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return canvas_shape[0], self.r
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, chunks={self.chunks}, chunk={self.chunk}"
+
+    def _norm(self, latent: Tensor) -> Tensor:
+        if self.chunk_width < SMALLEST_NORM:
+            return latent.tanh()
+        return latent * torch.rsqrt(latent.square().mean(-1, keepdim=True) + 1e-6)
+
+    def _pool(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean over each chunk's positions `[B, C, D]`, and which chunks have any `[C, 1]`.
+
+        Sums run over an axis of fixed length: their order, and so their bits, does not depend on T. Padding by the full
+        length keeps shapes free of a case distinction on T, which a dynamic graph could not hold.
+        """
+        length = self.chunks * self.chunk
+        slots = F.pad(value, (0, 0, 0, length))[:, :length].unflatten(1, (self.chunks, self.chunk))
+        starts = torch.arange(self.chunks, device=value.device) * self.chunk
+        counts = (value.shape[1] - starts).clamp(0, self.chunk)[:, None]  # [C, 1]
+        return slots.sum(2) / counts.clamp(min=1).to(value.dtype), counts > 0
+
+    def _spread(self, decoded: Tensor, positions: int) -> Tensor:
+        """Give each position its group's row, `[B, C, D]` (groups 1..C) -> `[B, T, D]`; group 0 gets zeros."""
+        rows = F.pad(decoded, (0, 0, 1, 0))
+        blocks = rows[:, :-1, None].expand(-1, -1, self.chunk, -1).flatten(1, 2)  # [B, C * chunk, D]
+        rest = rows[:, -1:].expand(-1, positions, -1)
+        return torch.cat([blocks, rest], 1)[:, :positions]
+
+
+def _keep(latent: Tensor, filled: Tensor) -> Tensor:
+    """Zero the chunks that have no positions."""
+    return torch.where(filled, latent, latent.new_zeros(()))

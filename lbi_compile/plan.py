@@ -1,0 +1,245 @@
+"""The plan: a frozen, printable record of how a model was cut, with a reason for every decision."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import PlanError
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One decision of the compiler.
+
+    Attributes:
+        about: What was decided, for example ``"interface"`` or ``"region 3 finish"``.
+        choice: What was chosen.
+        why: The reason, one sentence.
+    """
+
+    about: str
+    choice: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A value of the captured graph, named so that another capture of the same model finds it again.
+
+    Attributes:
+        module: Path of the module whose forward computed it; ``""`` for the model itself.
+        op: Operator that computed it, for example ``"aten.add.Tensor"``; ``"input"`` for a model input.
+        index: Position among the values with this module and operator, in program order.
+        shape: Sizes; a name (``"B"``, ``"T"``) stands for a dynamic one.
+        dtype: Data type, for example ``"float32"``.
+    """
+
+    module: str
+    op: str
+    index: int
+    shape: tuple[int | str, ...]
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """Readable name, for example ``blocks.3:add[1]``."""
+        op = self.op.removeprefix("aten.").split(".")[0]
+        return f"{self.module or '<model>'}:{op}[{self.index}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Counts of one part of the program (prologue, stem, a region, head).
+
+    Attributes:
+        modules: Paths of the layers that make it up, outermost that lie wholly inside.
+        nodes: Graph nodes.
+        parameters: Trainable numbers it reads; a tied one counts in each part that reads it.
+        flops: Forward FLOPs at the example shapes.
+        share: ``flops`` over the FLOPs of the whole model.
+    """
+
+    modules: tuple[str, ...]
+    nodes: int
+    parameters: int
+    flops: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class RegionPlan:
+    """One region of the model.
+
+    Attributes:
+        index: Position ``k``.
+        part: Its counts.
+        start: The separator that enters it in the model (the canvas for ``k = 0``).
+        end: The separator that leaves it, ``h_k``.
+        finish: Where its finish begins (``a_k``); ``None`` where the interface has no use for it.
+        own_finish: The finish is a small MLP of the interface, because the region ends in an op that mixes positions.
+        forward_bytes: Bytes of the latent that leaves it forward, at the example shapes.
+        backward_bytes: Bytes of the adjoint that enters it backward.
+        residual: An identity path from ``start`` to ``end`` is proven.
+        batch_independent: Samples are proven or measured not to mix inside it; ``None`` where nobody asked.
+        why: Decisions about this region.
+    """
+
+    index: int
+    part: Part
+    start: Point
+    end: Point
+    finish: Point | None
+    own_finish: bool
+    forward_bytes: int
+    backward_bytes: int
+    residual: bool
+    batch_independent: bool | None
+    why: tuple[Decision, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """One pass that ran: its name, how long it took (seconds), and what it left."""
+
+    name: str
+    seconds: float
+    result: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a model is cut into regions and what crosses between them.
+
+    Attributes:
+        model: Qualified class name of the model.
+        regions: The regions in order; ``K`` is their number.
+        prologue: Nodes with no trainable input, run once without grad.
+        stem: Input to canvas.
+        head: What follows the last region.
+        canvas: The float tensor every region may read.
+        interface: What crosses a boundary (``"pooled"``, ``"chunked"``, ``"token"``, ``"identity"``, ``"zero"``, ``"self"``;
+            ``"none"`` for one region).
+        cell: ``"gru"`` or ``"linear"`` for the token interface, else ``None``.
+        readout: ``"last"`` or ``"sum"``.
+        r: Latent width R.
+        chunk: Tokens per chunk of the chunked interface, else ``None``.
+        causal: No output position of the model depends on later positions; ``None`` without a position axis.
+        dynamic: Names of the axes that may change from call to call (``"batch"``, ``"sequence"``).
+        inputs: Shape of each example input tensor, by name.
+        why: Decisions about the whole model.
+        passes: What ran to make the plan. Not part of ``hash``.
+    """
+
+    model: str
+    regions: tuple[RegionPlan, ...]
+    prologue: Part
+    stem: Part
+    head: Part
+    canvas: Point
+    interface: str
+    cell: str | None
+    readout: str
+    r: int
+    chunk: int | None
+    causal: bool | None
+    dynamic: tuple[str, ...]
+    inputs: tuple[tuple[str, tuple[int, ...]], ...]
+    why: tuple[Decision, ...] = ()
+    passes: tuple[PassRecord, ...] = field(default=(), compare=False)
+
+    @property
+    def boundaries(self) -> tuple[Point, ...]:
+        """The ``K - 1`` separators between regions."""
+        return tuple(region.end for region in self.regions[:-1])
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hex digits that are equal exactly where two plans cut and bound alike."""
+        record = dataclasses.asdict(self)
+        record.pop("passes")
+        record.pop("inputs")
+        return hashlib.sha256(json.dumps(_without_reasons(record), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """The plan as JSON text; ``Plan.from_json`` reads it back."""
+        record = {"version": PLAN_VERSION, "hash": self.hash, **dataclasses.asdict(self)}
+        return json.dumps(record, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan that ``to_json`` wrote.
+
+        Raises:
+            PlanError: The text is no plan, is of another version, or was changed by hand without its hash.
+        """
+        try:
+            record = json.loads(text)
+            version, stated = record.pop("version"), record.pop("hash")
+            if version != PLAN_VERSION:
+                raise PlanError(
+                    f"a plan of version {version}", expected=f"version {PLAN_VERSION}", do="make the plan anew"
+                )
+            plan = cls(
+                **{
+                    **record,
+                    "regions": tuple(_region(item) for item in record["regions"]),
+                    "prologue": _part(record["prologue"]),
+                    "stem": _part(record["stem"]),
+                    "head": _part(record["head"]),
+                    "canvas": _point(record["canvas"]),
+                    "dynamic": tuple(record["dynamic"]),
+                    "inputs": tuple((name, tuple(shape)) for name, shape in record["inputs"]),
+                    "why": _decisions(record["why"]),
+                    "passes": tuple(PassRecord(**item) for item in record["passes"]),
+                }
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise PlanError(
+                f"text that is no plan ({type(error).__name__}: {error})",
+                expected="the JSON that Plan.to_json wrote",
+                do="write it again with plan.to_json() or `lbi-compile plan --json`",
+            ) from error
+        if plan.hash != stated:
+            raise PlanError(
+                f"hash {stated} on a plan whose content hashes to {plan.hash}",
+                expected="an unchanged plan",
+                do="cut by hand with regions=[module paths] instead of editing the JSON",
+            )
+        return plan
+
+
+def _without_reasons(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_reasons(item) for key, item in value.items() if key != "why"}
+    return [_without_reasons(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _point(record: dict[str, Any]) -> Point:
+    return Point(**{**record, "shape": tuple(record["shape"])})
+
+
+def _part(record: dict[str, Any]) -> Part:
+    return Part(**{**record, "modules": tuple(record["modules"])})
+
+
+def _decisions(records: list[dict[str, str]]) -> tuple[Decision, ...]:
+    return tuple(Decision(**item) for item in records)
+
+
+def _region(record: dict[str, Any]) -> RegionPlan:
+    return RegionPlan(
+        **{
+            **record,
+            "part": _part(record["part"]),
+            "start": _point(record["start"]),
+            "end": _point(record["end"]),
+            "finish": None if record["finish"] is None else _point(record["finish"]),
+            "why": _decisions(record["why"]),
+        }
+    )

@@ -1,0 +1,3 @@
+"""Plans and reports as text for people, on terminals and in files."""
+
+from __future__ import annotations

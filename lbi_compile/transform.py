@@ -1,0 +1,300 @@
+"""``transform`` and ``plan``: run the passes over a captured model and put the result together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import engines
+from .analysis import Analysis, analyse, locate
+from .bounded import BoundedModule, Options, Region, ShapeCheck
+from .capture import Capture, Inputs, as_inputs, capture, default_inputs
+from .errors import (
+    BatchCouplingError,
+    InterfaceError,
+    LatentWidthError,
+    NotAModuleError,
+    OptionError,
+    RegionsError,
+)
+from .interfaces import KINDS, Interface, build_interface
+from .passes.axes import coupling_error
+from .passes.insert import Owner, Program, insert
+from .passes.validate import refuse_leak
+from .plan import Plan
+
+
+def transform(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    regions: int | Sequence[str] | Plan = 8,
+    r: int = 16,
+    interface: str = "auto",
+    cell: str = "auto",
+    readout: str = "auto",
+    backward: str = "auto",
+    allow_leak: bool = False,
+    seed: int = 0,
+) -> BoundedModule:
+    """Cut ``model`` into regions that exchange only small latents, and return it as a trainable module.
+
+    The model itself is not changed. The bounded model shares its parameters, by identity and by name.
+
+    Args:
+        model: Any module that ``torch.export`` can capture.
+        example_inputs: A tensor, a tuple of arguments, a dict of keyword arguments, or ``(arguments, keywords)``.
+            Without them the model's ``example_input_array`` or ``dummy_inputs`` is used, else its first call.
+        regions: Number of regions ``K``; or paths of the modules that start the second and every later region; or a
+            plan of the same model.
+        r: Latent width ``R``.
+        interface: ``"auto"``, ``"pooled"``, ``"chunked"``, ``"token"``, ``"identity"``, ``"zero"`` or ``"self"``.
+        cell: ``"auto"``, ``"gru"`` or ``"linear"``, for the token interface.
+        readout: ``"auto"``, ``"last"`` or ``"sum"``.
+        backward: ``"auto"``, ``"autograd"``, ``"chain"`` or ``"scan"``. All give the same gradients.
+        allow_leak: Accept a latent that lets outputs see later positions. Only to reproduce published results.
+        seed: Seed of the interface parameters; the global random state is left alone.
+
+    Returns:
+        The bounded model.
+
+    Raises:
+        LBIError: One subclass per condition, each saying what was found, what was expected and what to do.
+
+    Example:
+        >>> bounded = lbi_compile.transform(model, x, regions=4, r=16)
+        >>> criterion(bounded(x), y).backward()
+    """
+    options = _options(model, regions, r, interface, cell, readout, backward, allow_leak, seed)
+    bounded = BoundedModule(model, options)
+    if example_inputs is not None or default_inputs(model) is not None:
+        bounded.build(as_inputs(model, example_inputs))
+    return bounded
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    regions: int | Sequence[str] | Plan = 8,
+    r: int = 16,
+    interface: str = "auto",
+    cell: str = "auto",
+    readout: str = "auto",
+) -> Plan:
+    """Say how ``transform`` would cut ``model``; nothing is inserted.
+
+    Args:
+        model: As for ``transform``, like all other arguments.
+        example_inputs: Needed where the model brings none.
+
+    Example:
+        >>> print(lbi_compile.plan(model, x, regions=8).boundaries)
+    """
+    options = _options(model, regions, r, interface, cell, readout, "auto", False, 0)
+    return analyse(model, capture(model, as_inputs(model, example_inputs)), options).plan
+
+
+def _options(
+    model: nn.Module,
+    regions: int | Sequence[str] | Plan,
+    r: int,
+    interface: str,
+    cell: str,
+    readout: str,
+    backward: str,
+    allow_leak: bool,
+    seed: int,
+) -> Options:
+    if not isinstance(model, nn.Module):
+        raise NotAModuleError(
+            f"a model of type {type(model).__name__}",
+            expected="a torch.nn.Module",
+            do="wrap the function in a module whose forward calls it",
+        )
+    if isinstance(model, BoundedModule):
+        raise NotAModuleError(
+            "a model that is already bounded", expected="the original model", do="transform bounded.source instead"
+        )
+    if "lbi" in model._modules:
+        raise OptionError(
+            "a model with a submodule named 'lbi'",
+            expected="that name free: interface parameters live under it",
+            do="rename the submodule",
+        )
+    if isinstance(regions, bool) or not isinstance(regions, (int, Plan)):
+        names = tuple(regions) if isinstance(regions, (list, tuple)) else None
+        if names is None or not all(isinstance(name, str) for name in names):
+            raise RegionsError(
+                f"regions={regions!r}",
+                expected="a number, a list of module paths, or a Plan",
+                do="pass for example regions=8",
+            )
+        regions = names
+    elif isinstance(regions, int) and regions < 1:
+        raise RegionsError(f"regions={regions}", expected="a positive number", do="pass regions=1 or more")
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise LatentWidthError(f"r={r!r}", expected="a positive whole number", do="pass r=1 or more, for example r=16")
+    if interface != "auto" and interface not in KINDS:
+        raise InterfaceError(f"interface={interface!r}", expected=f"auto or one of {', '.join(KINDS)}", do="name one")
+    return Options(
+        regions, r, interface, cell, readout, engines.check_request(backward), allow_leak, seed
+    )
+
+
+def build(bounded: BoundedModule, inputs: Inputs) -> None:
+    """Capture, analyse, make the interface and the first program, and check them; all or nothing."""
+    model, options = bounded.source, bounded._options
+    found = _captured(bounded, inputs)
+    analysis = analyse(model, found, options)
+    program = _insert(bounded, analysis)
+    interface = _interface(bounded, analysis, program)
+    _refuse_coupling(analysis, options.backward, interface)
+    regions = tuple(Region(k, interface) for k in range(len(analysis.plan.regions)))
+    before = (bounded._plan, bounded._regions, bounded._modules["lbi"])
+    bounded._plan, bounded._regions = analysis.plan, regions
+    bounded._modules["lbi"] = interface
+    try:
+        _measure_leak(bounded, analysis, program)
+    except BaseException:
+        bounded._plan, bounded._regions, bounded._modules["lbi"] = before
+        raise
+    bounded._remember(inputs, program, _check(found.graph_module))
+
+
+def build_program(bounded: BoundedModule, inputs: Inputs) -> tuple[Program, ShapeCheck]:
+    """Capture the model in its present mode for other inputs, and cut it at the places the plan names."""
+    found = _captured(bounded, inputs)
+    analysis = locate(bounded.source, found, bounded.plan)
+    _refuse_coupling(analysis, bounded.backward, bounded._modules["lbi"])
+    return _insert(bounded, analysis), _check(found.graph_module)
+
+
+def _captured(bounded: BoundedModule, inputs: Inputs) -> Capture:
+    model = bounded.source
+    mode, model.training = model.training, bounded.training
+    try:
+        found = capture(model, inputs)
+    finally:
+        model.training = mode
+    if bounded._retarget is not None:
+        _retarget(found.graph_module, bounded._retarget)
+    return found
+
+
+def _retarget(gm: fx.GraphModule, dtype: torch.dtype) -> None:
+    """Replace every baked-in cast to float32 by one to ``dtype``."""
+
+    def swap(value: Any) -> Any:
+        return dtype if value is torch.float32 else value
+
+    for node in gm.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, swap)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, swap)
+    gm.recompile()
+
+
+def _insert(bounded: BoundedModule, analysis: Analysis) -> Program:
+    gm = analysis.capture.graph_module
+    model = bounded.source
+    constants = _Constants()
+
+    def owner(target: str) -> Owner:
+        path, _, name = target.rpartition(".")
+        try:
+            holder = bounded if not path else model.get_submodule(path)
+        except AttributeError:
+            holder = None
+        if holder is not None and (name in holder._parameters or name in holder._buffers):
+            return holder, name
+        value: Any = gm
+        for part in target.split("."):
+            value = getattr(value, part)
+        constants.values[target] = value
+        return constants.at(target)
+
+    finishes = analysis.finishes if analysis.splits else (None,) * len(analysis.ends)
+    return insert(
+        gm,
+        live=analysis.live,
+        canvas=analysis.canvas,
+        ends=analysis.ends,
+        finishes=finishes,
+        owner=owner,
+        out_spec=analysis.capture.out_spec,
+    )
+
+
+class _Constants:
+    """Tensors the exporter lifted out of the forward; they belong to the program, not to the model."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def at(self, target: str) -> Owner:
+        name = target.replace(".", "_")
+        setattr(self, name, self.values[target])
+        return self, name
+
+
+def _interface(bounded: BoundedModule, analysis: Analysis, program: Program) -> Interface:
+    made, options = analysis.plan, bounded._options
+    leaves = analysis.capture.inputs.leaves
+    with torch.no_grad(), torch.random.fork_rng():
+        values: dict[str, Any] = dict(zip(program.inputs, leaves, strict=True))
+        program.prologue.run(values)
+        program.stem.run(values)
+    canvas = values[program.canvas]
+    kind = "zero" if made.interface == "none" else made.interface
+    return build_interface(
+        kind,
+        regions=len(made.regions),
+        width=canvas.shape[-1],
+        r=made.r,
+        canvas=canvas,
+        cell=made.cell,
+        chunk=made.chunk,
+        own_finish=[region.own_finish for region in made.regions],
+        widths=[int(region.finish.shape[-1]) if region.finish else canvas.shape[-1] for region in made.regions],
+        seed=options.seed,
+    )
+
+
+def _refuse_coupling(analysis: Analysis, backward: str, interface: nn.Module) -> None:
+    """Per-sample Jacobians do not exist where a region mixes samples; only an explicit ``scan`` insists on them."""
+    if backward != engines.SCAN or not interface.latents or getattr(interface, "splits", False):
+        return  # the token interface's Jacobians are those of its cells, which never mix samples
+    for k in range(len(analysis.ends)):
+        verdict = analysis.coupling(k)
+        if verdict.kind != "position-wise":
+            if verdict.node is not None:
+                raise coupling_error(verdict.node)
+            raise BatchCouplingError(
+                f"region {k} mixes samples ({verdict.why})",
+                expected="regions in which every sample is computed by itself",
+                do='use backward="chain", which needs no independence',
+            )
+
+
+def _measure_leak(bounded: BoundedModule, analysis: Analysis, program: Program) -> None:
+    if analysis.dependence is None or len(analysis.ends) == 1:
+        return
+    measured = analysis.probe_bounded(bounded.canvas_function(program, analysis.capture.inputs.leaves))
+    if not bounded._options.allow_leak:
+        refuse_leak(interface=analysis.plan.interface, model=analysis.dependence, bounded=measured)
+
+
+def _check(gm: fx.GraphModule) -> ShapeCheck:
+    wanted: list[tuple[str, tuple[int | str, ...]] | None] = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        wanted.append(
+            (str(node.target), tuple(s if isinstance(s, int) else str(s) for s in value.shape))
+            if isinstance(value, Tensor)
+            else None
+        )
+    return ShapeCheck(wanted)
+

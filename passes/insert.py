@@ -1,0 +1,313 @@
+"""Insert: cut a captured graph into prologue, stem, regions and head, with a named gap where each latent enters.
+
+Contract: a captured graph and the nodes to cut at in, a ``Program`` of small functional graphs out. The captured graph
+is left alone; the pieces copy its nodes and their ``meta``. Executed in order with nothing put into the gaps, the
+pieces compute what the captured graph computes, bit for bit and with the same random draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from lbi_compile.errors import NoSeparatorError
+from lbi_compile.passes.liveness import LIVE, NUMBER, PARAMETER_ONLY, Liveness
+
+# where a parameter lives: its module and its name there, so that it is fetched anew at every call
+Owner = tuple[Any, str]
+
+
+class Piece:
+    """A part of the program as a function of attributes and named values.
+
+    Attributes:
+        code: Graph whose placeholders are first the attributes, then the inputs.
+        attributes: Owner and name of each parameter, buffer or constant it reads.
+        inputs: Names of the values it reads.
+        outputs: Names of the values it leaves.
+    """
+
+    def __init__(
+        self, code: fx.GraphModule, attributes: tuple[Owner, ...], inputs: tuple[str, ...], outputs: tuple[str, ...]
+    ) -> None:
+        self.code, self.attributes, self.inputs, self.outputs = code, attributes, inputs, outputs
+
+    def run(self, values: dict[str, Any]) -> None:
+        """Read the inputs from ``values`` and put the outputs there."""
+        read = [getattr(owner, name) for owner, name in self.attributes]
+        left = self.code(*read, *[values[name] for name in self.inputs])
+        for name, value in zip(self.outputs, left, strict=True):
+            values[name] = value
+
+
+@dataclass(frozen=True, slots=True)
+class RegionPieces:
+    """A region: ``body`` reads the gap ``entry`` and ends at a_k or h_k; ``finish`` reads the gap ``joint``.
+
+    Attributes:
+        body: From the region's entry on.
+        finish: From a_k to h_k; ``None`` where the region has no finish of its own.
+        entry: Name under which the body finds its input.
+        anchor: Name of a_k, or of h_k without a finish.
+        joint: Name under which the finish finds its input.
+        end: Name of h_k.
+    """
+
+    body: Piece
+    finish: Piece | None
+    entry: str
+    anchor: str
+    joint: str
+    end: str
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A captured model in pieces.
+
+    Attributes:
+        inputs: Names of the input leaves, in order.
+        prologue: Values without trainable inputs, for every later piece.
+        stem: Input to canvas.
+        regions: One entry per region.
+        head: From the gap ``head_entry`` to the outputs.
+        head_entry: Name under which the head finds its input.
+        canvas: Name of the canvas.
+        outputs: Name of each output leaf, or the constant it is.
+        out_spec: Structure of the outputs.
+        pieces: Nodes of every piece, for counting.
+    """
+
+    inputs: tuple[str, ...]
+    prologue: Piece
+    stem: Piece
+    regions: tuple[RegionPieces, ...]
+    head: Piece
+    head_entry: str
+    canvas: str
+    outputs: tuple[Any, ...]
+    out_spec: Any
+    pieces: Mapping[str, tuple[fx.Node, ...]]
+
+    def __str__(self) -> str:
+        """The code of every piece."""
+        named = [("prologue", self.prologue), ("stem", self.stem)]
+        for k, region in enumerate(self.regions):
+            named += [(f"region {k} body", region.body)]
+            named += [(f"region {k} finish", region.finish)] if region.finish else []
+        return "\n".join(f"# {name}\n{piece.code.code.strip()}\n" for name, piece in [*named, ("head", self.head)])
+
+
+@dataclass(frozen=True, slots=True)
+class OutputName:
+    """Refers to a value by name in ``Program.outputs`` (a bare string could be a constant output)."""
+
+    name: str
+
+
+def insert(
+    gm: fx.GraphModule,
+    *,
+    live: Liveness,
+    canvas: fx.Node,
+    ends: Sequence[fx.Node],
+    finishes: Sequence[fx.Node | None],
+    owner: Callable[[str], Owner],
+    out_spec: Any,
+) -> Program:
+    """Cut ``gm`` at ``canvas`` and ``ends``, and inside regions at ``finishes``.
+
+    Args:
+        gm: Captured graph.
+        live: Its liveness.
+        canvas: Where the stem ends.
+        ends: Where the ``K`` regions end.
+        finishes: Per region the node a_k, or ``None``.
+        owner: Finds the module and attribute behind a name of the graph.
+        out_spec: Structure of the outputs.
+
+    Returns:
+        The program.
+
+    Raises:
+        NoSeparatorError: Another live value crosses one of the cuts.
+    """
+    position = {node: i for i, node in enumerate(live.live)}
+    entry = {0: "canvas"}
+    cuts = [position.get(canvas, -1)]  # a canvas that is a model input lies before every live node
+    labels = ["stem"]
+    for k, (finish, end) in enumerate(zip(finishes, ends, strict=True)):
+        start = cuts[-1]
+        if finish is not None:
+            cuts.append(max(position.get(finish, -1), start))
+            labels.append(f"region {k} body")
+            cuts.append(position[end])
+            labels.append(f"region {k} finish")
+        else:
+            cuts.append(position[end])
+            labels.append(f"region {k} body")
+        entry[k] = f"entry {k}"
+    labels.append("head")
+
+    where = _assign(gm, live, cuts, labels)
+    build = _Builder(gm, live, where, owner)
+    lane = canvas
+    regions: list[RegionPieces] = []
+    outputs = _output_nodes(gm)
+    prologue = build.piece("prologue", {})
+    stem = build.piece("stem", {})
+    for k, (finish, end) in enumerate(zip(finishes, ends, strict=True)):
+        body = build.piece(f"region {k} body", {lane: entry[k]})
+        joint = f"joint {k}"
+        after = build.piece(f"region {k} finish", {finish: joint}) if finish is not None else None
+        anchor = entry[k] if finish is lane else (finish or end).name
+        regions.append(RegionPieces(body, after, entry[k], anchor, joint, end.name))
+        lane = end
+    head = build.piece("head", {lane: "head"}, also=[node for node in outputs if node not in where])
+    build.check([canvas, *ends], finishes)
+    for piece in build.built.values():
+        piece.code.graph.lint()
+        piece.code.recompile()
+    return Program(
+        inputs=tuple(node.name for node in gm.graph.find_nodes(op="placeholder")),
+        prologue=prologue,
+        stem=stem,
+        regions=tuple(regions),
+        head=head,
+        head_entry="head",
+        canvas=canvas.name,
+        outputs=tuple(_output_leaves(gm, ends[-1])),
+        out_spec=out_spec,
+        pieces={label: tuple(n for n, at in where.items() if at == label) for label in ["prologue", *labels]},
+    )
+
+
+def _assign(gm: fx.GraphModule, live: Liveness, cuts: Sequence[int], labels: Sequence[str]) -> dict[fx.Node, str]:
+    """The piece of every node that is computed once (parameter-only nodes are cloned where they are read)."""
+    part: dict[fx.Node, int] = {}
+    piece = 0
+    for i, node in enumerate(live.live):
+        while piece < len(cuts) and i > cuts[piece]:
+            piece += 1
+        part[node] = piece
+    where: dict[fx.Node, str] = {}
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output") or _is_check(node):
+            continue
+        kind = live.kind[node]
+        if kind == NUMBER:
+            latest = max((part[before] for before in live.waits[node] if before in part), default=-1)
+            if latest >= 0:
+                part[node] = latest
+            where[node] = labels[latest] if latest >= 0 else "prologue"
+        elif kind == LIVE:
+            where[node] = labels[part[node]]
+        elif kind != PARAMETER_ONLY:
+            where[node] = "prologue"
+    return where
+
+
+def _is_check(node: fx.Node) -> bool:
+    """Assertions of the exporter about the shapes it saw; the bounded model checks its inputs itself."""
+    name = str(node.target)
+    return not node.users and (node.op == "call_module" or "_assert" in name or "sym_constrain" in name)
+
+
+class _Builder:
+    def __init__(
+        self, gm: fx.GraphModule, live: Liveness, where: Mapping[fx.Node, str], owner: Callable[[str], Owner]
+    ) -> None:
+        self.gm, self.live, self.where, self.owner = gm, live, where, owner
+        self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self.returned = set(_output_nodes(gm))
+        self.built: dict[str, Piece] = {}
+        self.reads: dict[str, list[fx.Node]] = {}
+
+    def piece(self, label: str, gaps: Mapping[fx.Node, str], *, also: Iterable[fx.Node] = ()) -> Piece:
+        """Build one piece; ``gaps`` renames the values that enter by another way than the graph says."""
+        own = {node for node, at in self.where.items() if at == label}
+        body = self._closure(own, also)
+        reads = dict.fromkeys(a for node in [*body, *also] for a in node.all_input_nodes if a not in body)
+        reads.update(dict.fromkeys(node for node in also if node not in body))
+        attributes = [node for node in reads if node.op == "get_attr" and not self._is_module(node)]
+        modules = [node for node in reads if node.op == "get_attr" and self._is_module(node)]
+        inputs = [node for node in reads if node.op != "get_attr"]
+        wanted = [n for n in body if n in own and (n in self.returned or self._read_elsewhere(n, body))]
+        wanted += [node for node in also if node not in wanted]
+
+        graph, env, root = fx.Graph(), {}, nn.Module()
+        for node in attributes:
+            env[node] = graph.placeholder(f"attribute_{node.name}")
+        for node in inputs:
+            env[node] = graph.placeholder(node.name)
+        for node in [*attributes, *inputs]:
+            env[node].meta = dict(node.meta)
+        for node in modules:
+            root.add_module(str(node.target), self.gm.get_submodule(str(node.target)))
+            env[node] = graph.get_attr(str(node.target))
+        for node in body:
+            env[node] = graph.node_copy(node, env.__getitem__)
+        graph.output(tuple(env[node] for node in wanted))
+        graph.eliminate_dead_code()
+
+        self.reads[label] = [node for node in inputs if node not in gaps]
+        self.built[label] = Piece(
+            fx.GraphModule(root, graph, class_name=label.title().replace(" ", "")),
+            tuple(self.owner(str(node.target)) for node in attributes),
+            tuple(gaps.get(node, node.name) for node in inputs),
+            tuple(node.name for node in wanted),
+        )
+        return self.built[label]
+
+    def _closure(self, own: set[fx.Node], also: Iterable[fx.Node]) -> list[fx.Node]:
+        """The nodes of a piece in program order, with the parameter-only nodes they read cloned into it."""
+        found = set(own)
+        pending = [*own, *also]
+        while pending:
+            node = pending.pop()
+            if self.live.kind.get(node) == PARAMETER_ONLY:
+                found.add(node)
+            for before in self.live.waits[node]:
+                if self.live.kind.get(before) == PARAMETER_ONLY and before not in found:
+                    pending.append(before)
+        return sorted(found, key=self.order.__getitem__)
+
+    def _read_elsewhere(self, node: fx.Node, body: Sequence[fx.Node]) -> bool:
+        inside = set(body)
+        return any(user not in inside and user.op != "output" and not _is_check(user) for user in node.users)
+
+    def _is_module(self, node: fx.Node) -> bool:
+        target: Any = self.gm
+        for name in str(node.target).split("."):
+            target = getattr(target, name)
+        return isinstance(target, nn.Module)
+
+    def check(self, lanes: Sequence[fx.Node], finishes: Sequence[fx.Node | None]) -> None:
+        """Every live value that a region or the head reads from outside comes through its gap."""
+        if len(lanes) == 2 and not any(finishes):
+            return  # one region: nothing enters the gaps, so values may cross as they like
+        for label, reads in self.reads.items():
+            stray = [node for node in reads if self.live.kind.get(node) == LIVE]
+            if stray and label not in ("prologue", "stem"):
+                raise NoSeparatorError(
+                    f"{label} reads {', '.join(node.name for node in stray)} past its boundary",
+                    expected="one tensor that carries everything across each boundary",
+                    do="choose other boundaries, or give a number of regions and let the compiler choose",
+                )
+
+
+def _output_leaves(gm: fx.GraphModule, last: fx.Node) -> list[Any]:
+    """Names of the outputs; where the model returns the end of its last region, that is what the head reads."""
+    (leaves,) = gm.graph.output_node().args
+    assert isinstance(leaves, (tuple, list))
+    return [
+        OutputName("head" if leaf is last else leaf.name) if isinstance(leaf, fx.Node) else leaf for leaf in leaves
+    ]
+
+
+def _output_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(dict.fromkeys(gm.graph.output_node().all_input_nodes))
+

@@ -1,0 +1,242 @@
+"""Partition: which separators become canvas, boundaries and the start of the head.
+
+Contract: separators in program order and the cost of every node in, a frozen record of the chosen nodes out, each
+with its reason. Deterministic: equal graphs give equal partitions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from statistics import median
+from typing import Any
+
+from torch import Tensor, fx
+
+from lbi_compile.errors import NoSeparatorError, TooManyRegionsError
+from lbi_compile.passes.liveness import INPUT, Liveness
+from lbi_compile.passes.separators import Separator
+from lbi_compile.plan import Decision
+
+# a step between two separators counts as work from this share of the median step with FLOPs on
+HEAVY = 0.05
+# how much worse the largest region may get for the sake of cuts that leave a position-wise finish
+FINISH_SLACK = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Where the model is cut.
+
+    Attributes:
+        canvas: The node every region may read; a live node, or an input that has the boundaries' shape.
+        ends: The ``K`` nodes ``h_0 .. h_{K-1}`` where regions end; the last one starts the head.
+        candidates: Inner nodes a boundary could have used.
+        why: Reasons.
+    """
+
+    canvas: fx.Node
+    ends: tuple[fx.Node, ...]
+    candidates: tuple[fx.Node, ...]
+    why: tuple[Decision, ...]
+
+
+def partition(
+    live: Liveness,
+    points: Sequence[Separator],
+    *,
+    regions: int | Sequence[fx.Node],
+    cost: Mapping[fx.Node, int],
+    flops: Mapping[fx.Node, int],
+    leaves_finish: Callable[[fx.Node, fx.Node], bool],
+    describe: Callable[[fx.Node], str],
+) -> Partition:
+    """Choose canvas, ``K - 1`` boundaries and the head.
+
+    The candidates are separators of one shape and dtype: the shape whose separators span most of the cost. The canvas
+    is the last of them before the first heavy step, the head starts at the first of them after the last heavy one.
+    Between them, dynamic programming finds cuts whose largest region is as small as possible, then of those the most
+    even; cuts that leave a finish are preferred while the largest region grows by no more than ``FINISH_SLACK``.
+
+    Args:
+        live: Liveness of the graph.
+        points: Separators in program order.
+        regions: ``K``, or the nodes to cut at.
+        cost: Work of each node, for balance.
+        flops: Matrix FLOPs of each node, to tell work from bookkeeping.
+        leaves_finish: Whether the step between two neighbouring candidates is position-wise.
+        describe: Readable name of a node, for messages.
+
+    Raises:
+        NoSeparatorError: No two separators share a shape, or a node asked for is no separator.
+        TooManyRegionsError: Fewer candidates than ``regions - 1``; the message names them.
+    """
+    weight = list(accumulate((cost.get(node, 0) for node in live.live), initial=0))
+    work = list(accumulate((flops.get(node, 0) for node in live.live), initial=0))
+    group = _group(points, weight)
+    wanted = regions if isinstance(regions, int) else len(regions) + 1
+    source = _input_canvas(live, group, work)
+    chain = [*([Separator(source, -1)] if source is not None else []), *group]
+    if len(chain) < 2:
+        if wanted == 1 and points:
+            return Partition(points[0].node, (points[-1].node,), (), ())
+        raise _too_many(wanted, (), describe)
+
+    steps = [work[b.position + 1] - work[a.position + 1] for a, b in pairwise(chain)]
+    if not any(steps):  # nothing but elementwise work: count that
+        steps = [weight[b.position + 1] - weight[a.position + 1] for a, b in pairwise(chain)]
+    floor = HEAVY * median(step for step in steps if step)
+    heavy = [i for i, step in enumerate(steps) if step >= floor]
+    first, last = heavy[0], heavy[-1] + 1
+    # between two heavy steps any separator would do: the last one leaves activations and norms with their layer
+    inner = [chain[i] for i in heavy if first < i < last]
+    canvas, end = chain[first], chain[last]
+    steps_why = f"{len(heavy)} of {len(steps)} steps between its {len(chain)} separators do at least {floor:.3g} FLOPs"
+    why = [
+        Decision("lane", _shape(canvas.node), "the shape whose separators span most of the work"),
+        Decision("canvas", describe(canvas.node), f"the last separator before the first heavy step; {steps_why}"),
+        Decision("head", f"after {describe(end.node)}", "the first separator after the last heavy step"),
+    ]
+    if isinstance(regions, int):
+        if regions - 1 > len(inner):
+            raise _too_many(regions, [p.node for p in inner], describe)
+        cuts, reason = _balanced(canvas, inner, end, weight, regions, leaves_finish)
+    else:
+        cuts, reason = _named(inner, regions, describe), "asked for by name"
+    sizes = [weight[b.position + 1] - weight[a.position + 1] for a, b in pairwise([canvas, *cuts, end])]
+    balance = max(sizes) * len(sizes) / max(sum(sizes), 1)
+    why.append(
+        Decision(
+            "boundaries",
+            ", ".join(describe(c.node) for c in cuts) or "none",
+            f"{reason}; largest over mean region {balance:.2f}, chosen among {len(inner)} places",
+        )
+    )
+    return Partition(canvas.node, tuple(c.node for c in [*cuts, end]), tuple(p.node for p in inner), tuple(why))
+
+
+def _key(node: fx.Node) -> tuple[Any, ...]:
+    value = node.meta["val"]
+    return (tuple(str(size) for size in value.shape), str(value.dtype))
+
+
+def _shape(node: fx.Node) -> str:
+    sizes, dtype = _key(node)
+    return f"[{', '.join(sizes)}] {dtype.removeprefix('torch.')}"
+
+
+def _group(points: Sequence[Separator], weight: Sequence[int]) -> list[Separator]:
+    groups: dict[Any, list[Separator]] = {}
+    for point in points:
+        groups.setdefault(_key(point.node), []).append(point)
+    spans = {key: weight[members[-1].position + 1] - weight[members[0].position + 1] for key, members in groups.items()}
+    # a lone separator of another shape in between is a stage of its own width: it ends no group, its work counts
+    return max(groups.values(), key=lambda members: (spans[_key(members[0].node)], len(members)), default=[])
+
+
+def _input_canvas(live: Liveness, group: Sequence[Separator], work: Sequence[int]) -> fx.Node | None:
+    """An input of the boundaries' shape, where the first heavy step reads it and nothing live could be the canvas."""
+    if not group or not work[group[0].position + 1]:
+        return None
+    stem = live.live[: group[0].position + 1]
+    reads = {
+        before
+        for node in stem
+        for before in live.waits[node]
+        if live.kind.get(before) == INPUT and isinstance(before.meta.get("val"), Tensor)
+    }
+    fitting = [node for node in reads if _key(node) == _key(group[0].node)]
+    return fitting[0] if len(fitting) == 1 and len(reads) == 1 else None
+
+
+def _balanced(
+    canvas: Separator,
+    inner: Sequence[Separator],
+    end: Separator,
+    weight: Sequence[int],
+    regions: int,
+    leaves_finish: Callable[[fx.Node, fx.Node], bool],
+) -> tuple[list[Separator], str]:
+    def largest(cuts: Sequence[Separator]) -> int:
+        return max(weight[b.position + 1] - weight[a.position + 1] for a, b in pairwise([canvas, *cuts, end]))
+
+    best = _min_max(canvas, inner, end, weight, regions)
+    before = dict(zip((p.node for p in inner), (p.node for p in [canvas, *inner]), strict=False))
+    finishing = [p for p in inner if leaves_finish(before[p.node], p.node)]
+    if len(finishing) >= regions - 1 and finishing:
+        cuts = _min_max(canvas, finishing, end, weight, regions)
+        if largest(cuts) <= FINISH_SLACK * largest(best):
+            return cuts, "the most even cuts among those that leave a position-wise finish"
+    return best, "the most even cuts"
+
+
+def _min_max(
+    canvas: Separator, inner: Sequence[Separator], end: Separator, weight: Sequence[int], regions: int
+) -> list[Separator]:
+    """Cuts that minimise the largest region, then the sum of squares (the most even of the optimal ones)."""
+    places = [canvas, *inner, end]
+    at = [weight[p.position + 1] for p in places]
+    count = len(places)
+    limit = _least_largest(at, regions)
+    infinite = float("inf")
+    best = [0.0] + [infinite] * (count - 1)
+    back: list[list[int]] = []
+    for _ in range(regions):
+        reached, origin = [infinite] * count, [-1] * count
+        for j in range(1, count):
+            for i in range(j - 1, -1, -1):
+                size = at[j] - at[i]
+                if size > limit:
+                    break
+                if best[i] + float(size) ** 2 < reached[j]:
+                    reached[j], origin[j] = best[i] + float(size) ** 2, i
+        best = reached
+        back.append(origin)
+    cuts: list[Separator] = []
+    j = count - 1
+    for origin in reversed(back):
+        j = origin[j]
+        cuts.append(places[j])
+    return cuts[-2::-1] if regions > 1 else []
+
+
+def _least_largest(at: Sequence[int], regions: int) -> int:
+    """The smallest size such that ``regions`` non-empty regions of at most that size cover everything (bisection)."""
+    low = max(b - a for a, b in pairwise(at))
+    high = at[-1] - at[0]
+
+    def parts(limit: int) -> int:
+        needed, start = 1, at[0]
+        for here, after in pairwise(at[1:]):
+            if after - start > limit:
+                needed, start = needed + 1, here
+        return needed
+
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if parts(middle) <= regions else (middle + 1, high)
+    return low
+
+
+def _named(
+    inner: Sequence[Separator], wanted: Sequence[fx.Node], describe: Callable[[fx.Node], str]
+) -> list[Separator]:
+    by_node = {p.node: p for p in inner}
+    missing = [node for node in wanted if node not in by_node]
+    if missing:
+        raise NoSeparatorError(
+            f"boundaries asked for at {', '.join(describe(n) for n in missing)}",
+            expected=f"places where one tensor carries everything: {', '.join(describe(p.node) for p in inner)}",
+            do="name modules whose output is such a place, or give a number of regions",
+        )
+    return sorted((by_node[node] for node in wanted), key=lambda p: p.position)
+
+
+def _too_many(wanted: int, inner: Sequence[fx.Node], describe: Callable[[fx.Node], str]) -> TooManyRegionsError:
+    places = ", ".join(describe(node) for node in inner) or "none"
+    return TooManyRegionsError(
+        f"{wanted} regions asked for, {len(inner)} places to cut: {places}",
+        expected=f"at most {len(inner) + 1} regions",
+        do=f"pass regions={len(inner) + 1} or fewer; more need a deeper model or boundaries with several lanes",
+    )

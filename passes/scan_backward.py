@@ -1,0 +1,424 @@
+"""Rewrite AOTAutograd's joint graph so that the adjoints of all latents come out of one suffix scan."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import lbi_compile.kernels.ops  # noqa: F401  registers the operators
+from lbi_compile._torch import (
+    detect_fake_mode,
+    enable_python_dispatcher,
+    is_tangent,
+    make_fx,
+    no_autocast,
+    no_new_guards,
+    same_size,
+    vmap_without_fallback,
+)
+from lbi_compile.errors import EngineError, LBIError
+from lbi_compile.passes.batch_cotangents import Batched, BatchInterpreter
+from lbi_compile.passes.jacobian_slices import cut, downstream, simplify, upstream
+
+FORWARD, BACKWARD = torch.ops.lbi.boundary.default, torch.ops.lbi.boundary_bwd.default
+MAX_R = 64
+
+
+@dataclass
+class ScanRecord:
+    """What became of the markers of one compiled graph.
+
+    Attributes:
+        status: ``"none"`` (nothing compiled yet), ``"scan"``, ``"plain"`` (nothing to scan), ``"inference"`` (no backward) or
+            ``"failed"``.
+        why: One sentence about ``status``.
+        scans: Calls of ``lbi::suffix_scan`` in the backward, one per bounded model (and per call of it) in the graph.
+        jacobians: Interface Jacobians over all scans.
+        shared: How many of them are the same for every index and computed once.
+        r: Latent widths, one per scan.
+        unrolled: Operator to the reason why it runs once per cotangent instead of batched over R.
+        sdpa: How attention backwards are batched over R: ``"fold"`` (into the batch axis), ``"unroll"``, both, or ``""``.
+        inserted: Nodes added to the joint graph, before dead ones are removed.
+        forward_nodes: Nodes of the compiled forward graph.
+        backward_nodes: Nodes of the compiled backward graph.
+        seconds: Time the rewrite took.
+        error: Why the rewrite failed.
+    """
+
+    status: str = "none"
+    why: str = "nothing has been compiled yet"
+    scans: int = 0
+    jacobians: int = 0
+    shared: int = 0
+    r: tuple[int, ...] = ()
+    unrolled: dict[str, str] = field(default_factory=dict)
+    sdpa: str = ""
+    inserted: int = 0
+    forward_nodes: int = 0
+    backward_nodes: int = 0
+    seconds: float = 0.0
+    error: LBIError | None = None
+
+    def become(self, other: ScanRecord) -> None:
+        """Take over every field of ``other``."""
+        self.__dict__.update(other.__dict__)
+
+
+def scan_backward(
+    gm: fx.GraphModule, *, record: ScanRecord, decompositions: Mapping[Any, Callable[..., Any]] | None = None
+) -> fx.GraphModule:
+    """Replace the chain of adjoints between markers by interface Jacobians and one suffix scan per chain.
+
+    Contract: ``gm`` is a joint graph of AOTAutograd with markers ``lbi::boundary`` on latents ``[..., R]`` and, where they
+    get a gradient, ``lbi::boundary_bwd``. Afterwards it has no markers; every ``boundary_bwd`` but the last of a chain is
+    an output of ``lbi::suffix_scan``; all other gradients are computed by the nodes that computed them before. The graph
+    is rewritten in place. On an error it is left unusable.
+
+    Args:
+        gm: The joint graph.
+        record: Filled in.
+        decompositions: What to trace inserted nodes with (Inductor's table under Inductor).
+
+    Returns:
+        ``gm``.
+
+    Raises:
+        EngineError: The markers do not cut the graph as a scan needs it.
+
+    Example:
+        >>> from torch import fx, nn
+        >>> record = ScanRecord()
+        >>> _ = scan_backward(fx.symbolic_trace(nn.ReLU()), record=record)
+        >>> record.status, record.why
+        ('plain', 'nothing to scan: fewer than two boundaries get a gradient')
+
+    With ``J_k = d m_{k+1} / d m_k`` the adjoints are ``lam_k = J_k^T lam_{k+1} + b_k``: the rows of ``J_k`` are region k's
+    adjoint path run on R unit cotangents, ``b_k`` is the same path run on zero, with what enters it from elsewhere.
+    """
+    started = time.perf_counter()
+    record.become(ScanRecord(status="plain", why="nothing to scan: fewer than two boundaries get a gradient"))
+    try:
+        for markers in _chains(gm.graph):
+            _solve(gm, markers, record, decompositions)
+    except EngineError as error:
+        record.status, record.why, record.error = "failed", error.found, error
+        raise
+    erase_markers(gm.graph)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    record.seconds = time.perf_counter() - started
+    return gm
+
+
+def erase_markers(graph: fx.Graph) -> None:
+    """Take every marker out of ``graph``."""
+    results = set(graph.output_node().all_input_nodes)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in (FORWARD, BACKWARD):
+            if node.target is FORWARD and node in results:
+                # A marked latent that the program returns is a tensor of its own, not an alias of another result.
+                node.target, node.args = torch.ops.aten.clone.default, node.args[:1]
+            else:
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+
+
+def _chains(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Backward markers in the order of their boundaries, one list per call of a bounded model that has two or more."""
+    calls: dict[tuple[int, int], dict[int, fx.Node]] = defaultdict(dict)
+    forward = _call_numbers(graph)
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is BACKWARD:
+            _, k, chain = node.args
+            calls[chain, forward(node)][k] = node
+    chains = []
+    for (chain, _), markers in calls.items():
+        ks = sorted(markers)
+        if len(ks) < 2:
+            continue
+        if ks != list(range(ks[0], ks[-1] + 1)):
+            raise EngineError(
+                f"gradients at boundaries {ks} of bounded model {chain}, and none between",
+                expected="gradients at consecutive boundaries",
+                do="use backward='chain', or do not detach a latent inside the model",
+            )
+        chains.append([markers[k] for k in ks])
+    return chains
+
+
+def _call_numbers(graph: fx.Graph) -> Callable[[fx.Node], int]:
+    """Which call of its bounded model a backward marker belongs to: autograd gives both markers of a pair one number."""
+    numbers: dict[tuple[int, int], list[Any]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is FORWARD:
+            numbers[node.args[1:]].append(node.meta.get("seq_nr"))
+
+    def call(node: fx.Node) -> int:
+        known, number = numbers[node.args[1:]], node.meta.get("seq_nr")
+        if len(known) == 1:
+            return 0
+        if number is None or known.count(number) != 1:
+            raise EngineError(
+                f"boundary {node.args[1]} occurs {len(known)} times in one graph and its calls cannot be told apart",
+                expected="one call of a bounded model per compiled graph, or autograd sequence numbers on its nodes",
+                do="use backward='chain' here",
+            )
+        return known.index(number)
+
+    return call
+
+
+def _solve(
+    gm: fx.GraphModule,
+    markers: Sequence[fx.Node],
+    record: ScanRecord,
+    decompositions: Mapping[Any, Callable[..., Any]] | None,
+) -> None:
+    """Solve the adjoints of one chain; ``markers`` are its backward markers from the first boundary to the last."""
+    graph = gm.graph
+    r = _width(markers)
+    splicer = _Splicer(gm, markers, decompositions)
+    jacobians: list[fx.Node] = []
+    shared: list[bool] = []
+    others: dict[int, fx.Node] = {}
+    for at, (to, source) in enumerate(zip(markers, markers[1:], strict=False)):
+        region = _region(graph, markers, source, to)
+        jacobian, is_shared = _jacobian(gm, region, splicer, r, record)
+        jacobians.append(jacobian)
+        shared.append(is_shared)
+        if region.extra:
+            others[at] = _bias(gm, region, splicer)
+    count = len(jacobians)
+    same_everywhere = all(shared)
+
+    def scan(last: Tensor, *pieces: Tensor) -> list[Tensor]:
+        lead = tuple(last.shape[:-1])
+        n = math.prod(lead)
+        rows = [piece.movedim(0, -2) for piece in pieces[:count]]  # [*lead or 1s, R, R]
+        if same_everywhere:
+            J = torch.stack([row.reshape(1, r, r) for row in rows]).expand(count, n, r, r)
+        else:
+            J = torch.stack([row.expand(*lead, r, r) for row in rows]).reshape(count, n, r, r)
+        b = None
+        if others:
+            bias = dict(zip(others, pieces[count:], strict=True))
+            nothing = torch.zeros((), dtype=last.dtype, device=last.device).expand(n, r)
+            b = torch.stack([bias[at].reshape(n, r) if at in bias else nothing for at in range(count)])
+        lam = torch.ops.lbi.suffix_scan.default(J, last.reshape(n, r), b)
+        return [lam[at].reshape(*lead, r) for at in range(count)]
+
+    last = markers[-1].args[0]
+    assert isinstance(last, fx.Node)
+    adjoints = splicer(scan, [last, *jacobians, *others.values()])
+    for marker, adjoint in zip(markers, adjoints, strict=False):
+        marker.replace_all_uses_with(adjoint)
+    _sort(graph)
+    record.status = "scan"
+    record.scans += 1
+    record.jacobians += count
+    record.shared += sum(shared)
+    record.r += (r,)
+    record.inserted += splicer.inserted
+    record.why = f"{record.jacobians} interface Jacobians in {record.scans} suffix scan(s)"
+
+
+def _width(markers: Sequence[fx.Node]) -> int:
+    shapes = [tuple(marker.meta["val"].shape) for marker in markers]
+    alike = all(len(s) == len(shapes[0]) and all(map(same_size, s, shapes[0])) for s in shapes)
+    if not alike or not shapes[0]:
+        raise EngineError(
+            f"latents of shapes {shapes}",
+            expected="one shape [..., r] at every boundary",
+            do="use backward='chain'",
+        )
+    r = int(shapes[0][-1])
+    if r > MAX_R:
+        raise EngineError(
+            f"latents of {r} numbers",
+            expected=f"r <= {MAX_R}: a Jacobian has r * r numbers for each index",
+            do="choose a smaller r, or backward='chain'",
+        )
+    return r
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    """Adjoint path of one region: ``source`` (adjoint of its latent out) to ``end`` (adjoint of its latent in)."""
+
+    k: int
+    source: fx.Node
+    end: fx.Node
+    path: tuple[fx.Node, ...]
+    extra: tuple[fx.Node, ...]
+
+
+def _region(graph: fx.Graph, markers: Sequence[fx.Node], source: fx.Node, to: fx.Node) -> _Region:
+    """Nodes between two backward markers, and the adjoints that join them from elsewhere."""
+    stop = set(markers)
+    end, k = to.args[0], to.args[1]
+    assert isinstance(end, fx.Node) and isinstance(k, int)
+    inside = downstream([source], stop=stop) & (upstream([to], stop=stop))
+    path = tuple(node for node in graph.nodes if node in inside)
+    adjoint = downstream([n for n in graph.nodes if is_tangent(n)] + list(markers))
+    adjoint |= {n for n in graph.nodes if is_tangent(n)} | stop
+    reads = [a for node in path for a in node.all_input_nodes] if path else [end]
+    extra = tuple(a for a in dict.fromkeys(reads) if a not in inside and a is not source and a in adjoint)
+    past = {*upstream(extra), *extra} & stop
+    if past:
+        raise EngineError(
+            f"the adjoint of latent {k} also depends on the adjoints of latents {sorted(m.args[1] for m in past)}",
+            expected=f"latent {k + 1} to be the only way from region {k} to later latents",
+            do="use backward='chain', or cut where the boundary is a separator",
+        )
+    return _Region(k, source, end, path, extra)
+
+
+def _jacobian(
+    gm: fx.GraphModule, region: _Region, splicer: _Splicer, r: int, record: ScanRecord
+) -> tuple[fx.Node, bool]:
+    """Splice ``J`` ``[R, *lead, R]`` (axes of lead that it does not depend on at size 1), row by row the adjoint path run
+    on unit cotangents; and whether it is the same for every index."""
+    value = region.source.meta["val"]
+    shape = tuple(value.shape)
+    if region.end not in region.path and region.end is not region.source:
+        # Nothing flows from this latent to the next one (a detached region).
+        return splicer(lambda: torch.zeros(r, *[1] * len(shape[:-1]), r, dtype=value.dtype, device=value.device), []), True
+    piece = cut(gm, region.path, live=[region.source], dead=region.extra, end=region.end)
+    with splicer.tracing():
+        module = simplify(piece, [torch.zeros((), dtype=value.dtype, device=value.device).expand(shape)])
+
+    def rows(*constants: Tensor) -> Tensor:
+        eye = torch.eye(r, dtype=value.dtype, device=value.device).view(r, *[1] * (len(shape) - 1), r)
+        run = BatchInterpreter(module, r)
+        result = run.run(Batched(eye, shape), *constants, *piece.zero_values())
+        record.unrolled.update(run.unrolled)
+        record.sdpa = "+".join(sorted({*filter(None, record.sdpa.split("+")), *run.attention}))
+        data = result.data if isinstance(result, Batched) else result.new_zeros(()).expand(r, *result.shape)
+        return data if isinstance(data.shape[-1], int) and data.shape[-1] == r else data.expand(*data.shape[:-1], r)
+
+    node = splicer(rows, piece.constants)
+    lead = node.meta["val"].shape[1:-1]
+    return node, all(isinstance(size, int) and size == 1 for size in lead)
+
+
+def _bias(gm: fx.GraphModule, region: _Region, splicer: _Splicer) -> fx.Node:
+    """Splice ``b`` ``[*lead, R]``: the adjoint path run on ``lam = 0``."""
+    if not region.path:
+        return region.end
+    live = downstream(region.extra) & set(region.path)
+    if region.end not in live:
+        return splicer(lambda end: torch.zeros_like(end), [region.end])
+    path = [node for node in region.path if node in live]
+    dead = {*region.path, region.source} - live
+    piece = cut(gm, path, live=region.extra, dead=dead, end=region.end)
+
+    def run(*values: Tensor) -> Tensor:
+        return piece.module(*values, *piece.zero_values())
+
+    return splicer(run, [*region.extra, *piece.constants])
+
+
+class _Splicer:
+    """Traces functions over values of the joint graph and inserts what they do before the first marker of a chain."""
+
+    def __init__(self, gm: fx.GraphModule, markers: Sequence[fx.Node], decompositions: Any) -> None:
+        self.gm, self.decompositions = gm, decompositions
+        self.inserted = 0
+        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self.before = min(markers, key=order.__getitem__)
+        values = [node.meta.get("val") for node in gm.graph.nodes]
+        self.fake = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
+        # Sizes that a trace uses must be bound by one of its inputs: the latent itself, forward, has them.
+        shape = markers[-1].meta["val"].shape
+        self.binders = [
+            node
+            for node in gm.graph.nodes
+            if (node.op == "placeholder" and isinstance(node.meta.get("val"), torch.SymInt))
+            or (node.target is FORWARD and len(node.meta["val"].shape) == len(shape)
+                and all(map(same_size, node.meta["val"].shape, shape)))
+        ]
+
+    def tracing(self) -> contextlib.ExitStack:
+        """What the rewrite traces under: the joint graph's fake mode, no new guards, no silent loops."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(no_autocast())
+        stack.enter_context(vmap_without_fallback())
+        if self.fake is not None:
+            stack.enter_context(self.fake)
+            stack.enter_context(enable_python_dispatcher())
+            stack.enter_context(no_new_guards(self.fake))
+        return stack
+
+    def __call__(self, function: Callable[..., Any], inputs: Sequence[fx.Node]) -> Any:
+        """Insert ``function`` of ``inputs``; the node (or list of nodes) of its result."""
+        bound = [*self.binders, *inputs]
+        skip = len(self.binders)
+        with self.tracing():
+            traced = make_fx(lambda *values: function(*values[skip:]), decomposition_table=self.decompositions)(
+                *[node.meta["val"] for node in bound]
+            )
+        traced.graph.eliminate_dead_code()
+        graph = self.gm.graph
+        copies = dict(zip(traced.graph.find_nodes(op="placeholder"), bound, strict=True))
+        with graph.inserting_before(self.before):
+            for node in traced.graph.nodes:
+                if node.op == "output":
+                    return fx.node.map_arg(node.args[0], copies.__getitem__)
+                if node.op == "get_attr":
+                    copies[node] = self._constant(getattr(traced, node.target))
+                elif node.op != "placeholder":
+                    copies[node] = graph.node_copy(node, copies.__getitem__)
+                if node.op != "placeholder":
+                    self._mark(copies[node], node)
+        raise AssertionError("a traced graph has an output")
+
+    def _constant(self, value: Any) -> fx.Node:
+        at = 0
+        while hasattr(self.gm, f"_lbi_constant_{at}"):
+            at += 1
+        setattr(self.gm, f"_lbi_constant_{at}", value)
+        return self.gm.graph.get_attr(f"_lbi_constant_{at}")
+
+    def _mark(self, copy: fx.Node, node: fx.Node) -> None:
+        copy.meta = dict(node.meta)
+        self.inserted += 1
+        if not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
+            # The partitioners may then neither move it forward nor save it in place of its inputs.
+            copy.meta["partitioner_tag"] = "must_be_in_backward"
+
+
+def _sort(graph: fx.Graph) -> None:
+    """Order nodes so that each comes after its inputs, otherwise as they stand."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    nodes = list(graph.nodes)
+    missing = [len(node.all_input_nodes) for node in nodes]
+    ready = [i for i, count in enumerate(missing) if count == 0]
+    order: list[fx.Node] = []
+    while ready:
+        node = nodes[heapq.heappop(ready)]
+        order.append(node)
+        for user in node.users:
+            missing[place[user]] -= 1
+            if missing[place[user]] == 0:
+                heapq.heappush(ready, place[user])
+    if len(order) < len(nodes):
+        raise EngineError(
+            "latents of several bounded models whose adjoints depend on each other",
+            expected="adjoints that can be solved one bounded model after the other",
+            do="use backward='chain'",
+        )
+    for before, node in itertools.pairwise(order):
+        if before.next is not node:
+            before.append(node)

@@ -1,0 +1,35 @@
+"""What every test runs under: one thread, fixed seeds, NaN in uninitialised memory, and a clean Dynamo."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# cuBLAS refuses to run in deterministic mode (see `poison`) without it, and reads it once, when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+import torch.utils.deterministic
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Fill what ``torch.empty`` and its kin return with NaN (the largest integer for integers).
+
+    Deterministic mode is the one switch that reaches ``empty`` inside ATen as well, not just calls from Python.
+    """
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Seed the generator, and drop compiled code and its recompile counts where a test before used Dynamo."""
+    torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
