@@ -9,3 +9,16 @@ from pathlib import Path as _Path
 _checkout = _Path(__file__).resolve().parent.parent
 if (_checkout / "passes").is_dir() and (_checkout / "kernels").is_dir():
     __path__.append(str(_checkout))
+
+from .bounded import BoundedModule, Region, Taps  # noqa: E402  after __path__
+from .engines import Engine  # noqa: E402
+from .errors import *  # noqa: E402,F403
+from .errors import __all__ as _errors  # noqa: E402
+from .plan import Plan  # noqa: E402
+from .report import Report  # noqa: E402
+from .transform import plan, transform  # noqa: E402
+from .verify import verify  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = ["BoundedModule", "Engine", "Plan", "Region", "Report", "Taps", "plan", "transform", "verify", *_errors]

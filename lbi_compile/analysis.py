@@ -41,10 +41,9 @@ class Analysis:
         finishes: Per region its node a_k; ``None`` where no finish is used.
         plan: The record.
         sink: The output with positions (else the first live output).
-        position_axis: Its position axis; ``None`` without one.
-        dependence: How output positions depend on canvas positions in the model; ``None`` where that has no meaning
-            or cannot be measured.
+        position_axis: Its position axis; ``None`` where it has none in common with the canvas.
         splits: The interface splits regions at a_k.
+        evaluator: Runs parts of the graph.
     """
 
     capture: Capture
@@ -56,7 +55,6 @@ class Analysis:
     plan: Plan
     sink: fx.Node
     position_axis: int | None
-    dependence: str | None
     splits: bool
     evaluator: Evaluator = field(repr=False)
 
@@ -64,6 +62,10 @@ class Analysis:
         """Whether region ``k`` computes every sample by itself (kind ``"position-wise"`` along the batch axis)."""
         start = self.canvas if k == 0 else self.ends[k - 1]
         return _coupling(self.live, self.costs, self.evaluator, start, self.ends[k])
+
+    def dependence(self) -> str | None:
+        """How output positions depend on canvas positions in the model; ``None`` without positions or numbers."""
+        return _dependence(self.evaluator, self.canvas, self.sink, self.position_axis)
 
     def probe_bounded(self, function: Callable[[Tensor], Sequence[Any]]) -> str:
         """Dependence of output positions on canvas positions in a bounded model.
@@ -112,7 +114,6 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
     naming = _Naming(gm, capture)
     evaluator = Evaluator(gm, live, leaves)
     steps = _Steps(live, cost, evaluator)
-    sink, position_axis = _positions(live, points)
     cut = clock.run(
         "partition",
         lambda: _cut(live, points, options, cost, steps, naming),
@@ -120,8 +121,7 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
     )
     edges = [cut.canvas, *cut.ends]
     residual = [has_identity_path(a, b) for a, b in zip(edges, cut.ends, strict=False)]
-    if not _same_axis(cut.canvas, sink, position_axis):
-        position_axis = None
+    sink, position_axis = _positions(live, cut.canvas)
     dependence = clock.run(
         "axes",
         lambda: _dependence(evaluator, cut.canvas, sink, position_axis),
@@ -158,7 +158,7 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
         passes=tuple(clock.records),
     )  # fmt: skip
     return Analysis(
-        capture, live, cost, cut.canvas, cut.ends, finishes, made, sink, position_axis, dependence, split, evaluator
+        capture, live, cost, cut.canvas, cut.ends, finishes, made, sink, position_axis, split, evaluator
     )
 
 
@@ -177,9 +177,9 @@ def locate(model: nn.Module, capture: Capture, plan: Plan) -> Analysis:
     ends = tuple(naming.find(region.end) for region in plan.regions)
     finishes = tuple(naming.find(region.finish) if region.finish else None for region in plan.regions)
     leaves = tuple(capture.inputs.leaves)
-    sink, position_axis = _positions(live, separators(live))
+    sink, position_axis = _positions(live, canvas)
     return Analysis(
-        capture, live, costs(gm, example=leaves), canvas, ends, finishes, plan, sink, position_axis, None,
+        capture, live, costs(gm, example=leaves), canvas, ends, finishes, plan, sink, position_axis,
         interface_class(plan.interface, plan.cell).splits, Evaluator(gm, live, leaves),
     )  # fmt: skip
 
@@ -275,22 +275,15 @@ def _coupling(live: Liveness, cost: Costs, evaluator: Evaluator, source: fx.Node
     )
 
 
-def _positions(live: Liveness, points: Sequence[Separator]) -> tuple[fx.Node, int | None]:
-    """The output that shares a position axis with the separators, and that axis."""
-    for sink in live.sinks:
-        for point in points:
-            value = point.node.meta["val"]
-            if value.dim() == 3 and sink.meta["val"].dim() >= 2:
-                for axis, size in enumerate(sink.meta["val"].shape[1:], start=1):
-                    symbolic = isinstance(size, torch.SymInt)
-                    if str(size) == str(value.shape[1]) and (symbolic or axis == 1):
-                        return sink, axis
-    return live.sinks[0], None
-
-
-def _same_axis(canvas: fx.Node, sink: fx.Node, axis: int | None) -> bool:
+def _positions(live: Liveness, canvas: fx.Node) -> tuple[fx.Node, int | None]:
+    """The output that shares the canvas's position axis, and that axis."""
     value = canvas.meta["val"]
-    return axis is not None and value.dim() == 3 and str(value.shape[1]) == str(sink.meta["val"].shape[axis])
+    for sink in live.sinks if value.dim() == 3 else ():
+        for axis, size in enumerate(sink.meta["val"].shape[1:], start=1):
+            # two fixed sizes may be equal by chance, so without symbols only the usual place counts
+            if str(size) == str(value.shape[1]) and (isinstance(size, torch.SymInt) or axis == 1):
+                return sink, axis
+    return live.sinks[0], None
 
 
 def _dependence(evaluator: Evaluator, canvas: fx.Node, sink: fx.Node, axis: int | None) -> str | None:

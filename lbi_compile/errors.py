@@ -2,6 +2,32 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "BatchCouplingError",
+    "CaptureError",
+    "DataDependentControlFlowError",
+    "DoubleBackwardError",
+    "EngineError",
+    "ExampleInputsError",
+    "FutureLeakError",
+    "InterfaceError",
+    "LBIError",
+    "LatentWidthError",
+    "ModelSourceError",
+    "NoFloatPathError",
+    "NoSeparatorError",
+    "NotAModuleError",
+    "NotBuiltError",
+    "OptionError",
+    "PlanError",
+    "ReadoutError",
+    "RegionsError",
+    "ScanShapeError",
+    "ShapeNotCapturedError",
+    "StaleCaptureError",
+    "TooManyRegionsError",
+]
+
 
 class LBIError(Exception):
     """Base of all errors raised by ``lbi_compile``.

@@ -148,7 +148,7 @@ def _options(
 def build(bounded: BoundedModule, inputs: Inputs) -> None:
     """Capture, analyse, make the interface and the first program, and check them; all or nothing."""
     model, options = bounded.source, bounded._options
-    found = _captured(bounded, inputs)
+    found = captured(bounded, inputs)
     analysis = analyse(model, found, options)
     program = _insert(bounded, analysis)
     interface = _interface(bounded, analysis, program)
@@ -167,13 +167,14 @@ def build(bounded: BoundedModule, inputs: Inputs) -> None:
 
 def build_program(bounded: BoundedModule, inputs: Inputs) -> tuple[Program, ShapeCheck]:
     """Capture the model in its present mode for other inputs, and cut it at the places the plan names."""
-    found = _captured(bounded, inputs)
+    found = captured(bounded, inputs)
     analysis = locate(bounded.source, found, bounded.plan)
     _refuse_coupling(analysis, bounded.backward, bounded._modules["lbi"])
     return _insert(bounded, analysis), _check(found.graph_module)
 
 
-def _captured(bounded: BoundedModule, inputs: Inputs) -> Capture:
+def captured(bounded: BoundedModule, inputs: Inputs) -> Capture:
+    """Capture the bounded model's source in the bounded model's mode."""
     model = bounded.source
     mode, model.training = model.training, bounded.training
     try:
@@ -280,11 +281,12 @@ def _refuse_coupling(analysis: Analysis, backward: str, interface: nn.Module) ->
 
 
 def _measure_leak(bounded: BoundedModule, analysis: Analysis, program: Program) -> None:
-    if analysis.dependence is None or len(analysis.ends) == 1:
+    model = analysis.dependence()
+    if model is None or len(analysis.ends) == 1:
         return
     measured = analysis.probe_bounded(bounded.canvas_function(program, analysis.capture.inputs.leaves))
     if not bounded._options.allow_leak:
-        refuse_leak(interface=analysis.plan.interface, model=analysis.dependence, bounded=measured)
+        refuse_leak(interface=analysis.plan.interface, model=model, bounded=measured)
 
 
 def _check(gm: fx.GraphModule) -> ShapeCheck:

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from lbi_compile._torch import pytree
 from lbi_compile.errors import BatchCouplingError, OptionError
-from lbi_compile.passes.axis_rules import ABSENT, AxisState, follow
+from lbi_compile.passes.axis_calls import ABSENT, AxisState
+from lbi_compile.passes.axis_rules import follow
 from lbi_compile.passes.names import describe, operator_name
 
 POSITION_WISE, CAUSAL, ANTICAUSAL, MIXED = "position-wise", "causal", "anticausal", "mixed"
@@ -85,10 +87,13 @@ def _spoils(node: fx.Node, states: Mapping[fx.Node, AxisState]) -> AxisState | N
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:
         return None
+    values = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
     written = [
-        states.get(value, ABSENT)
-        for argument, value in zip(schema.arguments, node.args, strict=False)
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node)
+        states.get(leaf, ABSENT)
+        for argument in schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for leaf in pytree.tree_leaves(values.get(argument.name))
+        if isinstance(leaf, fx.Node)
     ]
     result = states[node]
     if result.kind != "mixed" and all(state == result for state in written):
@@ -174,9 +179,7 @@ def _positions(size: int, seeds: int) -> list[int]:
     return [order[i % size] for i in range(seeds)]
 
 
-def _questions(
-    left: set[str], at: int, size: int, generator: torch.Generator
-) -> Iterator[tuple[str | None, Tensor]]:
+def _questions(left: set[str], at: int, size: int, generator: torch.Generator) -> Iterator[tuple[str | None, Tensor]]:
     """Where to put cotangents, and which kind of dependence a gradient elsewhere refutes (``None``: see the place)."""
     where = torch.arange(size)
     yield None, where == at
@@ -190,9 +193,7 @@ def _questions(
         yield ANTICAUSAL, where > cut
 
 
-def _reads(
-    y: Tensor, x: Tensor, at: Tensor, axis_in: int, axis_out: int, generator: torch.Generator
-) -> Tensor | None:
+def _reads(y: Tensor, x: Tensor, at: Tensor, axis_in: int, axis_out: int, generator: torch.Generator) -> Tensor | None:
     """Input positions with a gradient from the output positions ``at``; ``None`` where a gradient is NaN."""
     nothing = torch.zeros_like(at)
     if not y.requires_grad:
@@ -286,9 +287,7 @@ def batch_coupling(
     Returns:
         ``"position-wise"`` where they are not, else ``"mixed"`` with the node to blame.
     """
-    found = classify(
-        nodes, source=source, sink=sink, axis_in=0, axis_out=0, shapes=shapes, fn=fn, example=example
-    )
+    found = classify(nodes, source=source, sink=sink, axis_in=0, axis_out=0, shapes=shapes, fn=fn, example=example)
     return found if found.kind == POSITION_WISE else replace(found, kind=MIXED)
 
 
@@ -301,7 +300,8 @@ def coupling_error(node: fx.Node) -> BatchCouplingError:
     Example:
         >>> raise coupling_error(verdict.node)
     """
-    cure = "call model.eval() first or use LayerNorm or GroupNorm" if "batch_norm" in operator_name(node) else "rewrite it"
+    of_batch = "batch_norm" in operator_name(node)
+    cure = "use LayerNorm, GroupNorm or model.eval()" if of_batch else "rewrite it so that every sample stands alone"
     return BatchCouplingError(
         f"{describe(node)} mixes the samples of a batch",
         expected="regions that treat every sample alone, so that each has interface Jacobians of its own",

@@ -12,7 +12,7 @@ def point(module: str, index: int = 1) -> Point:
 
 def region(k: int, modules: tuple[str, ...], *, finish: Point | None, own_finish: bool = False) -> RegionPlan:
     end = point(modules[-1])
-    why = Decision(f"region {k} boundary", end.name, "the one-lane separator nearest to an equal share of the FLOPs")
+    why = Decision("boundary", end.name, "the one-lane separator nearest to an equal share of the FLOPs")
     return RegionPlan(
         index=k,
         part=Part(modules, 58, 99_968, 25_690_112, 0.3173),

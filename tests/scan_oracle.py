@@ -13,7 +13,7 @@ N_SIZES = (1, 3, 17)
 def problem(
     K: int, N: int, R: int, *, dtype: torch.dtype = torch.float64, b: bool = True, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Random J ``[K, N, R, R]``, end ``[N, R]`` and b ``[K, N, R]``; J is scaled so that products neither die nor blow up."""
+    """Random J ``[K, N, R, R]``, end ``[N, R]`` and b ``[K, N, R]``; scaled so that products of J stay near 1."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -31,10 +31,7 @@ def suffix_definition(J: Tensor, last: Tensor, b: Tensor | None) -> Tensor:
         after = values[0]
         values.insert(
             0,
-            [
-                [sum(Js[k][n][i][j] * after[n][i] for i in range(R)) + bs[k][n][j] for j in range(R)]
-                for n in range(N)
-            ],
+            [[sum(Js[k][n][i][j] * after[n][i] for i in range(R)) + bs[k][n][j] for j in range(R)] for n in range(N)],
         )
     return torch.tensor(values, dtype=torch.float64).reshape(K + 1, N, R)
 
@@ -47,10 +44,7 @@ def prefix_definition(J: Tensor, first: Tensor, b: Tensor | None) -> Tensor:
     for k in range(K):
         before = values[-1]
         values.append(
-            [
-                [sum(Js[k][n][i][j] * before[n][j] for j in range(R)) + bs[k][n][i] for i in range(R)]
-                for n in range(N)
-            ]
+            [[sum(Js[k][n][i][j] * before[n][j] for j in range(R)) + bs[k][n][i] for i in range(R)] for n in range(N)]
         )
     return torch.tensor(values, dtype=torch.float64).reshape(K + 1, N, R)
 

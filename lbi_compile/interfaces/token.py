@@ -69,7 +69,8 @@ class TokenLayers(Interface):
     Cells stand in regions 1..K-2 and decoders in 1..K-1; ``first_encoder`` is the first of the K - 1 regions that
     encode. Linear cells start at `m_{k+1} = sqrt(k / (k + 1)) m_k + sqrt(1 / (k + 1)) z_k` up to rotations, with the
     second factor inside the encoder: the latent keeps unit variance at any depth, every region weighs the same in it,
-    and no region's word fades exponentially. GRU cells start with their gate at keeping `k / (k + 1)`.
+    and no region's word fades exponentially. GRU cells start with their gate at keeping `k / (k + 1)`: a running mean,
+    which shrinks with depth where regions say unlike things (to a quarter after 24).
 
     Args:
         widths: Width of `a_k` by region.
@@ -89,8 +90,8 @@ class TokenLayers(Interface):
         super().__init__(regions=regions, r=r)
         self.cell = cell
         self.encoders = nn.ModuleDict()
-        for said, k in enumerate(range(self.first_encoder, self.first_encoder + regions - 1), start=1):
-            gain = 1 / math.sqrt(said) if cell == "linear" else 1.0
+        for k in range(self.first_encoder, self.first_encoder + regions - 1):
+            gain = self._encoder_gain(k) if cell == "linear" else 1.0
             self.encoders[str(k)] = TokenEncoder(draw, width=widths[k], r=r, gain=gain)
         self.cells = nn.ModuleDict()
         for k in range(1, regions - 1):
@@ -104,6 +105,10 @@ class TokenLayers(Interface):
                 self.decoders[str(k)] = Decoder(draw, r=r, hidden=4 * r, width=widths[k])
             else:
                 self.decoders[str(k)] = draw.linear(r, widths[k], gain=DECODED_SHARE * draw.scale)
+
+    def _encoder_gain(self, k: int) -> float:
+        """Root mean square of `z_k` with which linear cells give latents of unit variance."""
+        raise NotImplementedError
 
     def encode(self, k: int, a: Tensor) -> Tensor | None:
         return self.encoders[str(k)](a) if str(k) in self.encoders else None
@@ -126,6 +131,9 @@ class TokenInterface(TokenLayers):
     first_latent: ClassVar[int | None] = 1
     first_encoder: ClassVar[int] = 0
 
+    def _encoder_gain(self, k: int) -> float:
+        return 1 / math.sqrt(k + 1)
+
     def inject(self, k: int, a: Tensor, z: Tensor | None, m: Tensor | None) -> Tensor:
         return a if m is None else self._add(k, a, m)
 
@@ -145,6 +153,9 @@ class SelfTokenInterface(TokenLayers):
 
     kind: ClassVar[str] = "self"
     first_encoder: ClassVar[int] = 1
+
+    def _encoder_gain(self, k: int) -> float:
+        return 1.0 if k == self.regions - 1 else 1 / (1 + math.sqrt(k / (k + 1)))
 
     def inject(self, k: int, a: Tensor, z: Tensor | None, m: Tensor | None) -> Tensor:
         if z is None:

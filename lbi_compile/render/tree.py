@@ -124,17 +124,17 @@ def _details(plan: Plan, region: RegionPlan) -> Iterator[tuple[str, RenderableTy
 def _reasons(plan: Plan) -> Iterator[RenderableType]:
     yield Text("\nwhy", style="bold")
     for decision in plan.why:
-        yield _reason(decision)
+        yield _reason(decision.about, decision)
     for region in plan.regions:
         for decision in region.why:
-            yield _reason(decision)
+            yield _reason(f"region {region.index} {decision.about}", decision)
     if plan.passes:
         yield Text("\npasses", style="bold")
         yield facts((record.name, f"{record.seconds:6.2f} s  {record.result}") for record in plan.passes)
 
 
-def _reason(decision: Decision) -> RenderableType:
-    head = Text.assemble(f"  {decision.about}: ", (decision.choice, "bold"))
+def _reason(about: str, decision: Decision) -> RenderableType:
+    head = Text.assemble(f"  {about}: ", (decision.choice, "bold"))
     return Group(head, facts([("", decision.why)], indent=2))
 
 

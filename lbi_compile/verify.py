@@ -1,0 +1,237 @@
+"""``verify``: measure, on the user's own model and inputs, that the gradients are exact and nothing leaks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from . import engines
+from ._torch import pytree
+from .analysis import Analysis, locate
+from .bounded import BoundedModule
+from .capture import Inputs, as_inputs
+from .passes.axes import Verdict
+from .passes.liveness import Liveness
+from .passes.validate import NOT_LATER
+from .report import Check, Report
+from .transform import captured
+
+TOLERANCE = 1e-10
+# widest latent whose Jacobians are formed for the norms
+WIDEST = 64
+
+
+def relative_errors(got: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> dict[str, float]:
+    """Relative error of each gradient: `|g - g*| / (|g*| + 1e-6 |g*|_all)`.
+
+    The second term keeps a gradient that is exactly zero in theory (a key bias) from turning rounding into a ratio.
+
+    Args:
+        got: Gradients to judge, by parameter name.
+        expected: Gradients of the oracle; ``None`` where a parameter gets none.
+
+    Returns:
+        One number per name; infinite where only one of the two has a gradient or one is not finite.
+    """
+    total = sum(float(g.double().square().sum()) for g in expected.values() if g is not None) ** 0.5
+    errors: dict[str, float] = {}
+    for name in {**expected, **got}:
+        a, b = got.get(name), expected.get(name)
+        if a is None and b is None:
+            continue
+        if a is None or b is None:
+            errors[name] = float("inf")
+            continue
+        difference = float((a.double() - b.double()).norm())
+        errors[name] = difference / (float(b.double().norm()) + 1e-6 * total) if difference else 0.0
+        if errors[name] != errors[name]:
+            errors[name] = float("inf")
+    return errors
+
+
+def verify(
+    bounded: BoundedModule, example_inputs: Any = None, *, engine: str | None = None, tolerance: float = TOLERANCE
+) -> Report:
+    """Check a bounded model on one set of inputs, in float64 on a copy; the model itself is left alone.
+
+    Args:
+        bounded: The model.
+        example_inputs: As for ``transform``; without them the model's own.
+        engine: Engine to check against plain autograd; by default the one the model is set to.
+        tolerance: Largest relative gradient error that passes.
+
+    Returns:
+        A report; ``report.ok`` is true where every check passed, ``str(report)`` is a page to read.
+
+    Example:
+        >>> report = lbi_compile.verify(bounded, x)
+        >>> assert report.ok, report
+    """
+    inputs = as_inputs(bounded.source, example_inputs)
+    if bounded._plan is None:
+        bounded.build(inputs)
+    twin = _twin(bounded)
+    wide = _as_float64(inputs)
+    request = engines.check_request(engine or bounded.backward)
+    errors, ran, note = _gradient_errors(twin, wide, request)
+    worst = sorted(errors.items(), key=lambda item: -item[1])[:5]
+    max_error = max(errors.values(), default=float("inf"))
+
+    analysis = locate(twin.source, captured(twin, wide), twin.plan)
+    leak, leak_check = _leak(twin, wide, analysis)
+    coupling = [analysis.coupling(k) for k in range(len(analysis.ends))]
+    independent = all(verdict.kind == "position-wise" for verdict in coupling)
+    lanes = tuple((end.name, _lanes(analysis.live, end)) for end in analysis.ends[:-1])
+    norms, products = _jacobian_norms(twin, wide, independent)
+    checks = (
+        Check("gradients", max_error <= tolerance, f"{len(errors)} gradients, worst {max_error:.2e}, {note}"),
+        Check("engine", None if request == "auto" else ran.name == request, str(ran)),
+        leak_check,
+        _coupling_check(coupling, independent, bounded),
+        Check("separators", all(count == 1 for _, count in lanes), _lanes_detail(lanes)),
+    )
+    return Report(
+        ok=all(check.ok is not False for check in checks),
+        max_rel_error=max_error,
+        tolerance=tolerance,
+        engine=str(ran),
+        worst=tuple(worst),
+        leak=leak,
+        batch_independent=independent,
+        lanes=lanes,
+        jacobian_norms=norms,
+        product_norms=products,
+        checks=checks,
+        first_boundary=twin.lbi.latents.start if norms else 0,
+    )
+
+
+def _twin(bounded: BoundedModule) -> BoundedModule:
+    """A float64 copy whose captured casts to float32 are casts to float64."""
+    twin = copy.deepcopy(bounded)
+    twin._retarget = torch.float64
+    return twin.double()
+
+
+def _as_float64(inputs: Inputs) -> Inputs:
+    def widen(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf.detach().double().requires_grad_()
+        return leaf
+
+    args, kwargs = pytree.tree_map(widen, (inputs.args, inputs.kwargs))
+    return Inputs(args, kwargs)
+
+
+def _gradients(bounded: BoundedModule, inputs: Inputs, engine: str) -> tuple[dict[str, Tensor | None], engines.Engine]:
+    """Gradients of a random projection of all float outputs; every run draws the same random numbers."""
+    leaves = {f"input {i}": leaf for i, leaf in enumerate(inputs.leaves) if isinstance(leaf, Tensor)}
+    wanted = {name: p for name, p in bounded.named_parameters() if p.requires_grad}
+    wanted |= {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    buffers = {name: buffer.clone() for name, buffer in bounded.named_buffers()}
+    with torch.random.fork_rng(), bounded.with_engine(engine), torch.enable_grad():
+        torch.manual_seed(0)
+        out = bounded(*inputs.args, **inputs.kwargs)
+        ran = bounded.engine
+        loss = torch.zeros((), dtype=torch.float64)
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                weight = torch.randn(leaf.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+                loss = loss + (leaf.double() * weight.to(leaf.device)).sum().cpu()
+        found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    with torch.no_grad():
+        for name, buffer in bounded.named_buffers():
+            buffer.copy_(buffers[name])
+    return dict(zip(wanted, found, strict=True)), ran
+
+
+def _gradient_errors(
+    twin: BoundedModule, inputs: Inputs, request: str
+) -> tuple[dict[str, float], engines.Engine, str]:
+    expected, _ = _gradients(twin, inputs, engines.AUTOGRAD)
+    got, ran = _gradients(twin, inputs, request)
+    missing = [name for name, gradient in expected.items() if gradient is None]
+    note = "float64 against plain autograd of the same bounded model"
+    if missing:
+        note += f"; no gradient reaches {', '.join(missing[:3])}" + (" ..." if len(missing) > 3 else "")
+    return relative_errors(got, expected), ran, note
+
+
+def _leak(twin: BoundedModule, inputs: Inputs, analysis: Analysis) -> tuple[bool | None, Check]:
+    """Measure on the bounded model and on the model how outputs depend on positions."""
+    model = analysis.dependence()
+    if model is None:
+        return None, Check("future leak", None, "the output has no position axis")
+    program = twin._program(inputs)
+    bounded = analysis.probe_bounded(twin.canvas_function(program, analysis.capture.inputs.leaves))
+    leak = model in NOT_LATER and bounded not in NOT_LATER
+    return leak, Check("future leak", not leak, f"model {model}, bounded model {bounded}, measured by zero gradients")
+
+
+def _coupling_check(coupling: Sequence[Verdict], independent: bool, bounded: BoundedModule) -> Check:
+    if independent:
+        return Check("batch independence", True, "; ".join(sorted({f"{v.how}: {v.why}" for v in coupling})))
+    first = next(verdict for verdict in coupling if verdict.kind != "position-wise")
+    harmless = bounded.backward != engines.SCAN or getattr(bounded.lbi, "splits", False)
+    detail = f"{first.why}; " + ("this engine needs none" if harmless else "the scan needs it")
+    return Check("batch independence", None if harmless else False, detail)
+
+
+def _lanes(live: Liveness, separator: fx.Node) -> int:
+    """Least number of tensors that carry everything across a boundary, found by a minimum vertex cut.
+
+    Independent of the sweep that chose the separator: every live node up to it is a source, every later one a target.
+    """
+    position = {node: i for i, node in enumerate(live.live)}
+    cut = position[separator]
+    graph = nx.DiGraph()
+    for node, i in position.items():
+        for before in live.waits[node]:
+            if before in position and position[before] <= cut < i:
+                graph.add_edges_from([("before", before), (before, node), (node, "after")])
+    return len(nx.minimum_node_cut(graph, "before", "after")) if graph else 0
+
+
+def _lanes_detail(lanes: Sequence[tuple[str, int]]) -> str:
+    return "one lane at every boundary" if lanes else "one region: no boundary"
+
+
+def _jacobian_norms(twin: BoundedModule, inputs: Inputs, independent: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Spectral norms of every interface Jacobian, and of the running products from the last one down."""
+    with torch.random.fork_rng(), twin.with_engine(engines.AUTOGRAD), torch.enable_grad():
+        torch.manual_seed(0)
+        _, taps = twin.forward_regions(*inputs.args, **inputs.kwargs)
+    latents = [m for m in taps.m if m is not None]
+    if len(latents) < 2 or latents[0].shape[-1] > WIDEST:
+        return (), ()
+    if not independent and not getattr(twin.lbi, "splits", False):
+        return (), ()
+    jacobians = [interface_jacobian(after, before) for before, after in zip(latents, latents[1:], strict=False)]
+    norms = tuple(float(torch.linalg.matrix_norm(j, 2).max()) for j in jacobians)
+    products, product = [], None
+    for jacobian in reversed(jacobians):
+        product = jacobian if product is None else product @ jacobian
+        products.append(float(torch.linalg.matrix_norm(product, 2).max()))
+    return norms, tuple(products)
+
+
+def interface_jacobian(after: Tensor, before: Tensor) -> Tensor:
+    """`d m_{k+1} / d m_k` for every independent index, `[N, R, R]`, by R vector-Jacobian products.
+
+    Args:
+        after: `m_{k+1}`, `[..., R]`, computed from ``before`` with a recorded graph.
+        before: `m_k`, `[..., R]`.
+    """
+    rows = []
+    for i in range(after.shape[-1]):
+        cotangent = torch.zeros_like(after)
+        cotangent[..., i] = 1
+        (row,) = torch.autograd.grad(after, before, cotangent, retain_graph=True, allow_unused=True)
+        rows.append(torch.zeros_like(before) if row is None else row)
+    return torch.stack(rows, -2).flatten(0, -3)
+
