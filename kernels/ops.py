@@ -19,15 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.flop_counter import register_flop_formula
 
 from lbi_compile._torch import below_autograd, functorch_active
 from lbi_compile.errors import DoubleBackwardError, ScanShapeError
 from lbi_compile.kernels import reference
-
-try:
-    from torch.utils.flop_counter import register_flop_formula
-except Exception:  # it imports triton and is ready for ImportError only; without it nobody can count FLOPs
-    register_flop_formula = None
 
 _library = torch.library.Library("lbi", "FRAGMENT")
 for _schema in ("suffix_scan(Tensor J, Tensor last, Tensor? b)", "prefix_scan(Tensor J, Tensor first, Tensor? b)"):
@@ -143,7 +139,7 @@ def _show(x: Tensor | None) -> str:
 def _triton_form() -> types.ModuleType | None:
     try:
         from lbi_compile.kernels import suffix_scan as form
-    except Exception as error:  # a broken triton raises more than ImportError when it is imported
+    except ImportError as error:
         warnings.warn(
             f"a scan got CUDA tensors, but triton cannot be imported ({type(error).__name__}: {error}). It runs as"
             " plain torch operators instead: as exact, but K launches instead of one. Install the triton that belongs"
@@ -312,8 +308,7 @@ for _name, _end, _op, _function in (
     _library.impl(_name, _autograd(_function, _plain(_name, _end)), "Autograd")
     torch.library.register_fake(_op, _fake(_end), lib=_library)
     torch.library.register_vmap(_op, _scan_vmap(_op), lib=_library)
-    if register_flop_formula is not None:
-        register_flop_formula(_op.overloadpacket)(_scan_flops)
+    register_flop_formula(_op.overloadpacket)(_scan_flops)
 
 for _name, _op, _function in (
     ("boundary", _boundary_op, _Boundary),

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 # Elements of one tile of Jacobians, and how many of them a warp holds in registers: 16 a thread in float32. At 32 a
-# thread the strided form takes all 255 registers at R = 8, and tiles of R = 1 spill unless their block is bounded.
+# thread the strided form takes all 255 registers at R = 8, and R = 1 spills. Blocks are bounded so that a narrow latent
+# still gives many programs.
 _TILE = 2048
 _PER_WARP = 512
 _MAX_BLOCK = 32
@@ -50,12 +51,16 @@ def launch_shape(N: int, R: int, dtype: torch.dtype) -> LaunchShape:
         >>> launch_shape(8192, 16, torch.float32)
         LaunchShape(padded=16, block=8, warps=4)
     """
-    padded = triton.next_power_of_2(R)
+    padded = _power_of_two(R)
     area = padded * padded
     shrink = 2 if dtype == torch.float64 else 1
-    block = max(1, min(_TILE // shrink // area, _MAX_BLOCK, triton.next_power_of_2(N)))
+    block = max(1, min(_TILE // shrink // area, _MAX_BLOCK, _power_of_two(N)))
     warps = max(1, min(block * area * shrink // _PER_WARP, _MAX_WARPS))
     return LaunchShape(padded, block, warps)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 @triton.jit(do_not_specialize=["K", "N"])
@@ -82,7 +87,7 @@ def scan_kernel(
     DESCENDING: tl.constexpr,
 ):
     """One block of indices: ``v <- sum_s J[k, n, s, :] v[s] + b[k]`` over all k, every v stored."""
-    exact: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
+    exact = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
     # 64 bits from here on: K * N * R * R passes 2^31 at training sizes.
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.arange(0, PADDED).to(tl.int64)
@@ -98,7 +103,7 @@ def scan_kernel(
         J += (steps - 1) * j_step
         b += (steps - 1) * b_step
         out += steps * out_step
-    move: tl.constexpr = -1 if DESCENDING else 1
+    move = -1 if DESCENDING else 1
 
     v = tl.load(start + n[:, None] * start_index + row[None, :] * start_row, mask=live, other=0.0).to(exact)
     tl.store(out + out_at, v.to(out.dtype.element_ty), mask=live)
@@ -162,6 +167,6 @@ def _launch(J: Tensor, start: Tensor, b: Tensor | None, *, descending: bool) -> 
         BLOCK=shape.block,
         HAS_B=b is not None,
         DESCENDING=descending,
-        num_warps=shape.warps,
+        num_warps=shape.warps,  # pyright: ignore[reportCallIssue]  an option of Triton's launcher
     )
     return out

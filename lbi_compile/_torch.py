@@ -7,15 +7,18 @@ What pulls in Dynamo, AOTAutograd or Inductor (more than a second) is imported i
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import fx
 
 # Flattens and rebuilds arguments and outputs in the order the exporter uses.
 import torch.utils._pytree as pytree
+from torch import fx
 
 # Backward operators without a batching rule are traced away with these before they are batched (passes/).
 from torch._decomp import core_aten_decompositions
@@ -34,36 +37,40 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 
+# Public name, private place: traces a function over fake values into nodes that are spliced into the joint graph.
+from torch.fx.experimental.proxy_tensor import make_fx
+
 # Raised by the exporter where Python branches on the value of a tensor.
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
-# Public name, private place: traces a Python function over fake values into nodes that are spliced into the joint graph.
-from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = [
     "DataDependentValue",
     "FakeTensorMode",
     "GuardOnDataDependentSymNode",
-    "TracingContext",
+    "announce_backend",
     "aot_autograd",
     "below_autograd",
     "compile_with_inductor",
+    "compiling",
     "core_aten_decompositions",
     "default_partition",
     "detect_fake_mode",
     "enable_python_dispatcher",
+    "forget_donations",
     "fresh_code",
     "functorch_active",
     "graph_pass",
     "inductor_decompositions",
+    "inductor_joint_pass",
+    "inductor_options",
     "is_tangent",
-    "keep_saved_buffers",
     "make_fx",
-    "mode_options",
+    "mark_dynamic",
     "no_autocast",
     "no_new_guards",
     "pytree",
     "same_size",
+    "silent_export",
     "unset_fake_temporarily",
     "vmap_without_fallback",
 ]
@@ -82,7 +89,11 @@ def fresh_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     assert isinstance(function, types.FunctionType)
     copy = types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
@@ -90,6 +101,13 @@ def fresh_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # What an operator on fake tensors raises whose sizes or Python numbers depend on values.
 DataDependentValue = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def mark_dynamic(tensor: torch.Tensor, axis: int) -> None:
+    """Ask Dynamo for a symbol of its own for a size; a size it has to fix all the same is no error."""
+    import torch._dynamo
+
+    torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 def is_tangent(node: fx.Node) -> bool:
@@ -127,24 +145,59 @@ def no_autocast() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def no_new_guards(fake_mode: Any) -> Iterator[None]:
-    """Tracing that would fix a symbolic size raises instead."""
+    """Tracing that would fix a symbolic size raises instead, and logs nothing: the caller tries another way."""
     shapes = fake_mode.shape_env
-    if shapes is None:
-        yield
-    elif hasattr(shapes, "error_on_new_guards"):
-        with shapes.error_on_new_guards():
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    log.addFilter(_is_not_a_refused_guard)
+    try:
+        if shapes is None:
             yield
-    else:
-        # torch 2.11: every new guard passes `_check_frozen`, which only warns.
-        shapes._check_frozen = _refuse_guard
-        try:
+        elif hasattr(shapes, "error_on_new_guards"):
+            with shapes.error_on_new_guards():
+                yield
+        else:
+            # torch 2.11: every new guard passes `_check_frozen`, which only warns.
+            shapes._check_frozen = _refuse_guard
+            try:
+                yield
+            finally:
+                del shapes._check_frozen
+    finally:
+        log.removeFilter(_is_not_a_refused_guard)
+
+
+@contextlib.contextmanager
+def silent_export() -> Iterator[None]:
+    """``torch.export`` logs, and prints to stderr, whole graphs and tracebacks of what it then raises as an exception too.
+
+    What the model itself prints to stderr is passed on, unless the export fails.
+    """
+    logs = [logging.getLogger(name) for name in _EXPORT_LOGS]
+    said = io.StringIO()
+    for log in logs:
+        log.addFilter(_nothing)
+    try:
+        with contextlib.redirect_stderr(said):
             yield
-        finally:
-            del shapes._check_frozen
+        sys.stderr.write(said.getvalue())
+    finally:
+        for log in logs:
+            log.removeFilter(_nothing)
+
+
+_EXPORT_LOGS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export._trace")
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False
 
 
 def _refuse_guard(expression: Any, value: Any) -> None:
     raise RuntimeError(f"a new guard {expression} == {value} would fix a symbolic size")
+
+
+def _is_not_a_refused_guard(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("failed during evaluate_expr")
 
 
 def aot_autograd(**compilers: Any) -> Callable[..., Any]:
@@ -162,17 +215,26 @@ def default_partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> tup
 
 
 @contextlib.contextmanager
-def keep_saved_buffers() -> Iterator[None]:
-    """AOTAutograd options under which a compiled backward may run twice (``retain_graph=True``) with a dynamic batch.
+def compiling() -> Iterator[None]:
+    """AOTAutograd's options while a marked graph is compiled.
 
-    A backward that is lowered lazily reads its options when it first runs, outside this block, hence the second option.
+    * No donated buffers: a saved tensor that the backward may overwrite could not serve a second backward of the same
+      graph (``retain_graph=True``). Lowered lazily, a backward would read the option outside of this block.
+    * No cache of AOTAutograd's own: a hit would skip the rewrite and with it the record of what the graph does.
+      Inductor's cache of generated code stays on.
     """
     from torch._functorch import config
 
-    # A hit in AOTAutograd's own cache would skip the rewrite and with it the record of what the graph does. Inductor's
-    # cache of generated code stays on.
     with config.patch(donated_buffer=False, force_non_lazy_backward_lowering=True, enable_autograd_cache=False):
         yield
+
+
+def forget_donations() -> None:
+    """With ``donated_buffer=False`` AOTAutograd leaves ``None`` here, which its run-time check takes for donations."""
+    context = TracingContext.try_get()
+    metadata = None if context is None else context.fw_metadata
+    if metadata is not None:
+        metadata.bw_donated_idxs = []
 
 
 def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
@@ -182,11 +244,32 @@ def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
-def mode_options(mode: str | None, dynamic: bool | None) -> dict[str, Any]:
-    """What ``torch.compile(mode=...)`` means; a backend given by name has to resolve it by hand."""
-    from torch._inductor import list_mode_options
+def inductor_options(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
+    """What ``mode=`` and ``options=`` of ``torch.compile`` mean; a backend given by name has to resolve them itself.
 
-    return {} if mode in (None, "default") else dict(list_mode_options(mode, dynamic))
+    The wrapper that ``backend="inductor"`` gets also checks names and types and honours the compiler bisector.
+    """
+    return dict(torch._TorchCompileInductorWrapper(mode, options, None).config)
+
+
+def inductor_joint_pass() -> Any:
+    """A joint-graph pass that the caller set in Inductor's global configuration."""
+    from torch._inductor import config
+
+    return config.joint_custom_pre_pass
+
+
+def announce_backend(name: str, value: str) -> None:
+    """Make ``torch.compile(backend=name)`` find ``value`` (``"module:function"``), installed or not.
+
+    ``register_backend`` would do, but then an installed package fails: Dynamo registers what an entry point loads, and
+    a name that its import has registered already is an error.
+    """
+    from importlib.metadata import EntryPoint
+
+    from torch._dynamo.backends import registry
+
+    registry._BACKENDS.setdefault(name, EntryPoint(name, value, "torch_dynamo_backends"))
 
 
 def graph_pass(run: Callable[[fx.Graph], None], files: tuple[str, ...]) -> Any:

@@ -139,7 +139,7 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
     readout, readout_why = settle_readout(
         options.readout,
         interface=kind,
-        allowed=interface_class(kind, cell).readouts,
+        allowed=interface_class(kind, cell).readouts_for(options.r),
         regions=len(cut.ends),
         residual=all(residual),
     )

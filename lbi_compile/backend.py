@@ -1,4 +1,4 @@
-"""Backends of ``torch.compile`` that rewrite the backward of marked graphs: the eager default and ``lbi`` (Inductor)."""
+"""Backends of ``torch.compile`` that put the scan into the backward: the eager default and ``lbi`` (Inductor)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 from torch import fx
 
 from lbi_compile import _torch
+from lbi_compile.errors import OptionError
+from lbi_compile.passes import batch_cotangents, jacobian_slices
+from lbi_compile.passes import scan_backward as scan_backward_file
 from lbi_compile.passes.scan_backward import ScanRecord, erase_markers, scan_backward
 
-__all__ = ["ScanRecord", "eager_backend", "erase_markers"]
+__all__ = ["ScanRecord", "eager_backend", "erase_markers", "last_record", "lbi"]
 
 
 def eager_backend(record: ScanRecord) -> Callable[..., Any]:
@@ -22,8 +25,8 @@ def eager_backend(record: ScanRecord) -> Callable[..., Any]:
         record: Always describes the graph that was compiled or run last.
 
     Returns:
-        The backend. It raises ``EngineError`` (inside Dynamo's ``BackendCompilerFailed``, and in ``record.error``) where
-        the graph cannot be solved by a scan.
+        The backend. Where the graph cannot be solved by a scan it raises ``EngineError`` (inside Dynamo's
+        ``BackendCompilerFailed``, and in ``record.error``).
 
     Example:
         >>> import torch
@@ -55,27 +58,22 @@ def eager_backend(record: ScanRecord) -> Callable[..., Any]:
                 scan_backward(joint, record=this)
             finally:
                 record.become(this)
+            _torch.forget_donations()
             forward, backward = _torch.default_partition(joint, inputs, **options)
             this.forward_nodes, this.backward_nodes = len(forward.graph.nodes), len(backward.graph.nodes)
             record.become(this)
             return forward, backward
 
-        def compile_backward(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
-            _forget_donations()
-            return boxed(graph, forward=False)
-
         def compile_inference(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
-            erase_markers(graph.graph)
-            graph.recompile()
-            this.status, this.why = "inference", "no input or parameter of the graph needs a gradient"
+            scan_backward(graph, record=this)
             this.forward_nodes = len(graph.graph.nodes)
             record.become(this)
             return boxed(graph, forward=True)
 
-        with _torch.keep_saved_buffers():
+        with _torch.compiling():
             return _torch.aot_autograd(
                 fw_compiler=lambda graph, _: boxed(graph, forward=True),
-                bw_compiler=compile_backward,
+                bw_compiler=lambda graph, _: boxed(graph, forward=False),
                 inference_compiler=compile_inference,
                 partition_fn=partition,
                 keep_inference_input_mutations=True,
@@ -84,11 +82,61 @@ def eager_backend(record: ScanRecord) -> Callable[..., Any]:
     return backend
 
 
-def _forget_donations() -> None:
-    """A saved tensor that the backward may overwrite could not serve a second backward of the same graph."""
-    context = _torch.TracingContext.try_get()
-    metadata = None if context is None else context.fw_metadata
-    if metadata is not None:
-        metadata.bw_donated_idxs = []
+class _Last:
+    """Holds the record of the last graph that backend ``lbi`` rewrote."""
+
+    record = ScanRecord()
 
 
+def last_record() -> ScanRecord:
+    """What the last compilation by backend ``lbi`` did."""
+    return _Last.record
+
+
+def _rewrite(graph: fx.Graph) -> None:
+    joint = graph.owning_module
+    assert joint is not None
+    _Last.record = ScanRecord()
+    scan_backward(joint, record=_Last.record, decompositions=_torch.inductor_decompositions())
+    _torch.forget_donations()
+
+
+def _sources() -> tuple[str, ...]:
+    """Files on which the rewrite depends; Inductor's caches must miss when one of them changes."""
+    return tuple(str(module.__file__) for module in (batch_cotangents, jacobian_slices, scan_backward_file, _torch))
+
+
+def lbi(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """Inductor, with the scan in the backward of marked graphs; a graph without markers compiles as under ``inductor``.
+
+    ``torch.compile(bounded, backend="lbi")`` finds it by name.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: Its inputs.
+        mode: As for ``backend="inductor"``.
+        options: As for ``backend="inductor"``; over those of ``mode``.
+
+    Raises:
+        EngineError: The graph cannot be solved by a scan (inside Dynamo's ``BackendCompilerFailed``).
+        OptionError: Another joint-graph pass is set where this one goes.
+    """
+    config = _torch.inductor_options(mode, options)
+    if config.get("joint_custom_pre_pass", _torch.inductor_joint_pass()) is not None:
+        raise OptionError(
+            "joint_custom_pre_pass is set in Inductor's options or global configuration",
+            expected="that place free for the rewrite of the backward",
+            do="use joint_custom_post_pass for your own pass, or compile with another backend (exact, as a chain)",
+        )
+    config["joint_custom_pre_pass"] = _torch.graph_pass(_rewrite, _sources())
+    with _torch.compiling():
+        return _torch.compile_with_inductor(gm, example_inputs, config)
+
+
+_torch.announce_backend("lbi", "lbi_compile.backend:lbi")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from . import engines
-from ._torch import fresh_code, pytree
+from ._torch import fresh_code, mark_dynamic, pytree
 from .backend import eager_backend
-from .capture import Inputs, argument_names, bind
+from .capture import Inputs, bind, signature
 from .errors import DoubleBackwardError, LBIError, NotBuiltError, ShapeNotCapturedError, StaleCaptureError
 from .interfaces import Interface
 from .kernels import ops
@@ -115,7 +115,7 @@ class BoundedModule(nn.Module):
         self.training = model.training
         self._source = (model,)
         self._options = options
-        self._names = argument_names(model)
+        self._form = signature(model)
         self._plan: Plan | None = None
         self._regions: tuple[Region, ...] = ()
         self._seen: tuple[Any, ...] = ()
@@ -203,7 +203,7 @@ class BoundedModule(nn.Module):
         return self._call(args, kwargs, taps=True)
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, taps: bool) -> Any:
-        inputs = bind(self._names, args, kwargs)
+        inputs = bind(self._form, args, kwargs)
         leaves = inputs.leaves
         if torch.compiler.is_compiling():
             program = self._programs.get(self._key(inputs))
@@ -230,17 +230,18 @@ class BoundedModule(nn.Module):
         if key not in self._compiled:
             record = ScanRecord()
 
+
             def scanned(module: BoundedModule, leaves: list[Any]) -> Any:
                 return module._run(program, leaves, marked=True, taps=taps)
 
             self._compiled[key] = (
-                torch.compile(fresh_code(scanned), backend=eager_backend(record), dynamic=True, fullgraph=True),
+                torch.compile(fresh_code(scanned), backend=eager_backend(record), fullgraph=True),
                 record,
             )
         compiled, record = self._compiled[key]
         record.error = None
         try:
-            flat, hs, ms = compiled(self, leaves)
+            flat, hs, ms = compiled(self, self._checks_of(program).with_marked_sizes(leaves))
         except Exception as error:
             if isinstance(record.error, LBIError):
                 raise record.error from error
@@ -319,6 +320,9 @@ class BoundedModule(nn.Module):
         check.modes = self._modes()
         self._programs[self._key(inputs)], self._checks[self._key(inputs)] = program, check
         self._seen = self._seen or _fingerprint(self.source)
+
+    def _checks_of(self, program: Program) -> ShapeCheck:
+        return next(self._checks[key] for key, known in self._programs.items() if known is program)
 
     def _modes(self) -> tuple[bool, ...]:
         """Training flag of every submodule: freezing the statistics of one BatchNorm is a mode of its own."""
@@ -440,6 +444,22 @@ class ShapeCheck:
     def __init__(self, inputs: list[tuple[str, tuple[int | str, ...]] | None]) -> None:
         self.inputs = inputs
         self.modes: tuple[bool, ...] = ()
+
+    def with_marked_sizes(self, leaves: list[Any]) -> list[Any]:
+        """The leaves, as other tensors on the same memory, with the sizes that may vary marked for Dynamo.
+
+        Marks rather than ``dynamic=True``, under which fixed sizes and constants of layers become symbols too.
+        """
+        marked: list[Any] = []
+        for leaf, wanted in zip(leaves, self.inputs, strict=True):
+            if wanted is not None:
+                # the caller's tensor gets no mark; a view would be guarded by its base
+                leaf = leaf.view_as(leaf) if leaf.requires_grad else leaf.detach()
+                for axis, size in enumerate(wanted[1]):
+                    if isinstance(size, str):
+                        mark_dynamic(leaf, axis)
+            marked.append(leaf)
+        return marked
 
     def __call__(self, inputs: Inputs) -> None:
         bound: dict[str, int] = {}

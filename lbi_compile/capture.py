@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
-from ._torch import GuardOnDataDependentSymNode, pytree, unset_fake_temporarily
+from ._torch import GuardOnDataDependentSymNode, pytree, silent_export, unset_fake_temporarily
 from .errors import CaptureError, DataDependentControlFlowError, ExampleInputsError, NotAModuleError
 
 LADDER = (("batch", "sequence"), ("batch",), ())
@@ -57,26 +58,49 @@ class Capture:
     refused: tuple[tuple[str, str], ...]
 
 
-def argument_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the positional arguments of ``model.forward``; empty where it takes ``*args``."""
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What ``forward`` calls its arguments.
+
+    Attributes:
+        names: Arguments that positions can be turned into, in order; empty where some have no name (``*args``).
+        optional: Arguments that are ``None`` where they are not given.
+    """
+
+    names: tuple[str, ...]
+    optional: frozenset[str]
+
+
+def signature(model: nn.Module) -> Signature:
+    """How ``model.forward`` names its arguments."""
     parameters = inspect.signature(model.forward).parameters.values()
-    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-        return ()
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    nameless = any(p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY) for p in parameters)
+    names = () if nameless else tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    return Signature(names, frozenset(p.name for p in parameters if p.default is None))
 
 
-def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
-    """Name the positional arguments and drop keywords that say nothing, so that equal calls look equal.
+def bind(form: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
+    """Name the positional arguments and drop those that say nothing, so that equal calls look equal.
 
     Args:
-        names: What ``argument_names`` gave.
+        form: What ``signature`` gave.
         args: Positional arguments.
-        kwargs: Keyword arguments; those that are ``None`` are dropped.
+        kwargs: Keyword arguments.
+
+    Raises:
+        ExampleInputsError: An argument is given by position and by name.
     """
-    named = dict(zip(names, args, strict=False))
-    rest = args[len(named) :]
+    # too many for the model: it says so itself when it is run
+    named = dict(zip(form.names, args, strict=False)) if len(args) <= len(form.names) else {}
+    twice = [name for name in named if name in kwargs]
+    if twice:
+        raise ExampleInputsError(
+            f"the argument {twice[0]} by position and by name", expected="each argument once", do="leave one of them out"
+        )
     merged = {**named, **kwargs}
-    return Inputs(rest, {name: merged[name] for name in sorted(merged) if merged[name] is not None})
+    given = [name for name in merged if merged[name] is not None or name not in form.optional]
+    order = [*(name for name in form.names if name in given), *sorted(name for name in given if name not in form.names)]
+    return Inputs(args[len(named) :], {name: merged[name] for name in order})
 
 
 def as_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
@@ -85,7 +109,7 @@ def as_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
     Raises:
         ExampleInputsError: None was given and the model brings none, or the form is another one.
     """
-    names = argument_names(model)
+    form = signature(model)
     if example_inputs is None:
         example_inputs = default_inputs(model)
         if example_inputs is None:
@@ -95,14 +119,14 @@ def as_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
                 do="pass example_inputs, or call the bounded model once: it is then built from that call",
             )
     if isinstance(example_inputs, Tensor):
-        return bind(names, (example_inputs,), {})
+        return bind(form, (example_inputs,), {})
     if isinstance(example_inputs, Mapping):
-        return bind(names, (), dict(example_inputs))
+        return bind(form, (), dict(example_inputs))
     if isinstance(example_inputs, (tuple, list)):
         match example_inputs:
             case (tuple() | list() as args, Mapping() as kwargs):
-                return bind(names, tuple(args), dict(kwargs))
-        return bind(names, tuple(example_inputs), {})
+                return bind(form, tuple(args), dict(kwargs))
+        return bind(form, tuple(example_inputs), {})
     raise ExampleInputsError(
         f"example_inputs of type {type(example_inputs).__name__}",
         expected="a tensor, a tuple of arguments, a dict of keyword arguments, or (arguments, keyword arguments)",
@@ -151,13 +175,13 @@ def capture(model: nn.Module, inputs: Inputs, *, ladder: tuple[tuple[str, ...], 
     first: BaseException | None = None
     tried: list[Any] = []
     for rung in ladder:
-        shapes = _dynamic_shapes(inputs, rung, _rest_name(model))
+        shapes = _dynamic_shapes(model, inputs, rung)
         if shapes in tried:
             continue
         tried.append(shapes)
         name = "+".join(rung) or "static"
         try:
-            with _undisturbed(model), unset_fake_temporarily():
+            with undisturbed(model), unset_fake_temporarily(), silent_export():
                 program = torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # every failure of the exporter is a reason to try the next rung
             first = first or error
@@ -177,7 +201,7 @@ def capture(model: nn.Module, inputs: Inputs, *, ladder: tuple[tuple[str, ...], 
 def _why_not(model: nn.Module, inputs: Inputs, error: BaseException) -> CaptureError | ExampleInputsError:
     """Tell inputs the model cannot run on from a model the exporter cannot read."""
     try:
-        with _undisturbed(model), torch.no_grad():
+        with undisturbed(model), torch.no_grad():
             model(*inputs.args, **inputs.kwargs)
     except Exception as own:
         return ExampleInputsError(
@@ -234,13 +258,13 @@ def _describe(inputs: Inputs) -> str:
 
 
 def _at_least_two(inputs: Inputs) -> Inputs:
-    """Repeat a batch of one: the exporter would bake the size in."""
+    """Repeat a batch of one: the exporter would bake the size in. The first tensor tells the batch size."""
     sizes = [leaf.shape[0] for leaf in inputs.leaves if isinstance(leaf, Tensor) and leaf.dim()]
-    if not sizes or any(size != 1 for size in sizes):
+    if not sizes or sizes[0] != 1:
         return inputs
 
     def twice(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim():
+        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != 1:
             return leaf
         doubled = leaf.detach().repeat(2, *[1] * (leaf.dim() - 1))
         return doubled.requires_grad_(leaf.requires_grad)
@@ -249,13 +273,7 @@ def _at_least_two(inputs: Inputs) -> Inputs:
     return Inputs(args, kwargs)
 
 
-def _rest_name(model: nn.Module) -> str:
-    """Name of the ``*args`` of the forward."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
-
-
-def _dynamic_shapes(inputs: Inputs, rung: tuple[str, ...], rest: str) -> dict[str, Any]:
+def _dynamic_shapes(model: nn.Module, inputs: Inputs, rung: tuple[str, ...]) -> dict[str, Any] | None:
     """The exporter's ``dynamic_shapes``: axis 0 where it has the batch size, axis 1 where it has the length."""
     tensors = [leaf for leaf in inputs.leaves if isinstance(leaf, Tensor) and leaf.dim()]
     batch = tensors[0].shape[0] if tensors else 0
@@ -273,8 +291,11 @@ def _dynamic_shapes(inputs: Inputs, rung: tuple[str, ...], rest: str) -> dict[st
             axes[1] = Dim.DYNAMIC
         return axes or None
 
-    args, kwargs = pytree.tree_map(one, (inputs.args, inputs.kwargs))
-    return {rest: args, **kwargs} if inputs.args else kwargs
+    try:
+        bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
+    except TypeError:
+        return None  # the model cannot be called so, which its own error says better
+    return pytree.tree_map(one, dict(bound.arguments))
 
 
 def _really_dynamic(module: fx.GraphModule, inputs: Inputs, rung: tuple[str, ...]) -> tuple[str, ...]:
@@ -287,8 +308,11 @@ def _really_dynamic(module: fx.GraphModule, inputs: Inputs, rung: tuple[str, ...
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Caching off while inside; configuration, buffers, mode and random state as before afterwards."""
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Caching, autocast, no_grad and inference mode off while inside; the model and the random state as before afterwards.
+
+    A capture is used under other conditions than those of the call that happened to need it first.
+    """
     caches: list[tuple[Any, bool]] = []
     for config in _configs(model):
         if getattr(config, "use_cache", None):
@@ -297,8 +321,14 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     modes = [(module, module.training) for module in model.modules()]
+    kinds = {tensor.device.type for tensor in itertools.chain(model.parameters(), model.buffers())} & {"cpu", "cuda"}
     try:
-        with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+        with contextlib.ExitStack() as stack:
+            for kind in kinds:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.random.fork_rng(devices=[d for d in devices if d is not None]))
             yield
     finally:
         for config, value in caches:

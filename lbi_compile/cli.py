@@ -6,9 +6,14 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import Any
 
 import torch
@@ -37,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        with _quiet_interrupt():
+            return options.run(options)
     except LBIError as error:
         print(f"lbi-compile {options.command}: {type(error).__name__}\n  {error}", file=sys.stderr)
         return WRONG_USE
@@ -47,6 +53,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough; Python's own flush at exit must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NOT_OK
+
+
+@contextmanager
+def _quiet_interrupt() -> Iterator[None]:
+    """Let Ctrl-C silence warnings first: autograd meets it as an error and warns of it with a traceback."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        warnings.simplefilter("ignore")
+        signal.default_int_handler(number, frame)
+
+    # a handler of the program around us, or a thread that may set none, stays as it is
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread()
+    with warnings.catch_warnings():
+        if ours:
+            signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            if ours:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _inspect(options: argparse.Namespace) -> int:

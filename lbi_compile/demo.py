@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .bounded import BoundedModule
 from .demo_model import CausalTransformer
+from .errors import CorpusError
 from .render.report import ReportView
 from .render.text import count, facts, show
 from .render.tree import PlanView
@@ -51,15 +52,22 @@ class Training:
         seed: Decides weights and batches: equal seeds give equal runs unless ``seconds`` cuts one short.
     """
 
-    steps: int = 600
+    steps: int = 700
     seconds: float = 150.0
     batch: int = 16
     learning_rate: float = 6e-3
     seed: int = 0
 
 
-class Trained(NamedTuple):
-    """Steps made, tokens per second after the first step, and the engine that solved the adjoints."""
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """How training went.
+
+    Attributes:
+        steps: Optimizer steps made.
+        tokens_per_second: After the first step, which compiles.
+        engine: What solved the adjoints, and why.
+    """
 
     steps: int
     tokens_per_second: float
@@ -100,16 +108,24 @@ def corpus(folder: Path | None = None, *, most: int = _MOST_BYTES) -> Corpus:
     Args:
         folder: Where the ``*.py`` files are; by default the running Python's own library.
         most: Bytes to read at most.
+
+    Raises:
+        CorpusError: The files do not fill one window of each part.
     """
     folder = folder or Path(sysconfig.get_paths()["stdlib"])
-    parts: tuple[bytearray, bytearray] = (bytearray(), bytearray())
-    files = 0
-    for number, path in enumerate(sorted(folder.glob("*.py"))):
-        if sum(map(len, parts)) >= most:
+    train, held_out, files = bytearray(), bytearray(), 0
+    for path in sorted(folder.glob("*.py")):
+        if len(train) + len(held_out) >= most:
             break
-        parts[number % 10 == 9].extend(path.read_bytes())
         files += 1
-    return Corpus(*(torch.frombuffer(part, dtype=torch.uint8) for part in parts), files)
+        (held_out if files % 10 == 0 else train).extend(path.read_bytes())
+    if min(len(train), len(held_out)) <= LENGTH:
+        raise CorpusError(
+            f"{files} Python files with {len(train) + len(held_out)} bytes in {folder}",
+            expected="a standard library that lies there as source files",
+            do="run the demo with a Python installation that is not packed into a zip file",
+        )
+    return Corpus(torch.frombuffer(train, dtype=torch.uint8), torch.frombuffer(held_out, dtype=torch.uint8), files)
 
 
 def windows(data: Tensor, starts: Tensor, *, length: int = LENGTH) -> tuple[Tensor, Tensor]:
@@ -206,14 +222,14 @@ def _progress(steps: int, *, quiet: bool) -> Iterator[Callable[[int, float, floa
     columns = (
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("loss {task.fields[loss]}"),
         TextColumn("{task.fields[speed]} tokens/s"),
         TextColumn("ETA"),
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console, expand=True) as progress:
-        task = progress.add_task("", total=steps, loss=math.nan, speed="-")
-        yield lambda done, loss, speed: progress.update(task, completed=done, loss=loss, speed=count(speed))
+        task = progress.add_task("", total=steps, loss="-", speed="-")
+        yield lambda done, loss, speed: progress.update(task, completed=done, loss=f"{loss:.3f}", speed=count(speed))
 
 
 def _batch(data: Tensor, batch: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "BatchCouplingError",
     "CaptureError",
+    "CorpusError",
     "DataDependentControlFlowError",
     "DoubleBackwardError",
     "EngineError",
@@ -136,3 +137,7 @@ class ModelSourceError(LBIError):
 
 class ScanShapeError(LBIError):
     """The tensors of a scan do not fit together in shape, dtype or device."""
+
+
+class CorpusError(LBIError):
+    """The demo finds too little text to train on."""

@@ -34,8 +34,9 @@ class Report:
             has no position axis.
         batch_independent: No sample of a batch changes another one's latents; ``None`` where no Jacobian asks for it.
         lanes: Each boundary and the number of tensors that cross it in the original model.
-        jacobian_norms: Spectral norm of each ``J_k``, the largest over its independent indices.
-        product_norms: Spectral norm of the running product ``J_K ... J_k``, from the last to the first boundary.
+        jacobian_norms: Spectral norm of each ``J_k`` in the order of ``k``, the largest over its independent indices.
+        product_norms: Spectral norm of the running product as adjoints meet it: first the last ``J_k`` alone, last the
+            product of all.
         checks: Everything that was looked at.
         first_boundary: ``k`` of the first entry of the norms: 1 for the token interface, which has no ``m_0``, else 0.
     """

@@ -106,11 +106,12 @@ def probe_axis(
 ) -> Verdict:
     """Measure how output positions of ``fn`` depend on input positions: vector-Jacobian products and exact zeros.
 
-    Each seed probes another position t (middle, first, last, then random ones) with a random cotangent on t alone, and
-    then a random half of the positions, or all up to t and all after it: the gradient must be exactly zero at the
-    positions the verdict excludes. The first seed uses ``inputs``, the others scale each element by about a tenth, so
-    that no dead unit hides a path. Every run of ``fn`` sees the same random numbers. A gradient says nothing about
-    values that flow through integers or detached tensors.
+    Each seed probes another position t (middle, first, last, then random ones) with a random cotangent on t alone, then
+    halves of the positions (over all seeds every pair of positions is asked about), or, once some position reads
+    another, all positions up to a cut and all after it: the gradient must be exactly zero at the positions that the
+    verdict excludes. The first seed uses ``inputs``, the others scale each element by about a tenth, so that no dead
+    unit hides a path. Every run of ``fn`` sees the same random numbers. A gradient says nothing about values that flow
+    through integers or detached tensors.
 
     Args:
         fn: Maps a float tensor to a float tensor.
@@ -147,7 +148,7 @@ def probe_axis(
                 y = fn(x.requires_grad_().clone())  # a copy, because fn may write to its argument
             if y.shape[axis_out] != size:
                 return Verdict(MIXED, "probe", f"{size} input positions, but {y.shape[axis_out]} output positions")
-            for kind, cotangent_at in _questions(left, at, size, generator):
+            for kind, cotangent_at in _questions(left, seed, seeds, at, size, generator):
                 if kind is not None and kind not in left:
                     continue
                 reads = _reads(y, x, cotangent_at, axis_in, axis_out, generator)
@@ -179,18 +180,20 @@ def _positions(size: int, seeds: int) -> list[int]:
     return [order[i % size] for i in range(seeds)]
 
 
-def _questions(left: set[str], at: int, size: int, generator: torch.Generator) -> Iterator[tuple[str | None, Tensor]]:
-    """Where to put cotangents, and which kind of dependence a gradient elsewhere refutes (``None``: see the place)."""
+def _questions(
+    left: set[str], seed: int, seeds: int, at: int, size: int, generator: torch.Generator
+) -> Iterator[tuple[str | None, Tensor]]:
+    """Where to put cotangents, and which kind a gradient anywhere else refutes (``None``: look on which side)."""
     where = torch.arange(size)
     yield None, where == at
-    # one position alone would miss what happens at others: ask about many at once
-    if POSITION_WISE in left:
-        half = torch.randperm(size, generator=generator)[: max(size // 2, 1)]
-        yield POSITION_WISE, torch.zeros(size, dtype=torch.bool).index_fill(0, half, True)
+    # Two positions differ in a bit of their index: halves by each bit, over all seeds, ask about every pair.
+    for bit in range(seed, (size - 1).bit_length(), seeds):
+        for value in (0, 1):
+            yield POSITION_WISE, (where >> bit) & 1 == value
     if POSITION_WISE not in left:
-        cut = min(at, size - 2)
-        yield CAUSAL, where <= cut
-        yield ANTICAUSAL, where > cut
+        for cut in {min(at, size - 2), int(torch.randint(size - 1, (), generator=generator))}:
+            yield CAUSAL, where <= cut
+            yield ANTICAUSAL, where > cut
 
 
 def _reads(y: Tensor, x: Tensor, at: Tensor, axis_in: int, axis_out: int, generator: torch.Generator) -> Tensor | None:
@@ -260,7 +263,7 @@ def classify(
         return Verdict(POSITION_WISE, "static", "does not depend on the source")
     if state.kind == "at":
         assert part is not None
-        if state.stride == 1 and state.dim == axis_out % len(part) and part[axis_out] == whole[axis_in]:
+        if state.dim == axis_out % len(part) and part[axis_out] == whole[axis_in]:
             return Verdict(POSITION_WISE, "static", "every operator on the way keeps the positions apart")
         blame, reason = sink, f"the axis leaves {operator_name(sink)} as dim {state.dim} of {list(part)}"
     else:

@@ -109,10 +109,11 @@ class Call:
     def dims(self, name: str, rank: int) -> list[int]:
         """An argument that is a dim or a list of dims, counted from the front."""
         value = self.args.get(name)
-        dims = list(value) if isinstance(value, (list, tuple)) else [value]
-        if not dims or not all(isinstance(dim, int) for dim in dims):
+        given = value if isinstance(value, (list, tuple)) else [value]
+        dims = [dim % max(rank, 1) for dim in given if isinstance(dim, int)]
+        if not dims or len(dims) < len(given):
             raise MixedError(f"{name} names no dims")
-        return [dim % max(rank, 1) for dim in dims]
+        return dims
 
 
 Rule = Callable[[Call], AxisState]

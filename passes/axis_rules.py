@@ -20,7 +20,7 @@ _RULES: dict[str, Rule] = dict(VIEW_RULES)
 
 # What depends on the sizes and the type of its argument alone, or gives no value.
 _SHAPE_ONLY = frozenset(
-    (
+    {
         "aten.sym_size",
         "aten.sym_stride",
         "aten.sym_numel",
@@ -37,7 +37,7 @@ _SHAPE_ONLY = frozenset(
         "aten._assert_tensor_metadata",
         "aten._assert_async",
         "aten._assert_scalar",
-    )
+    }
 )
 
 
@@ -55,7 +55,7 @@ def follow(node: fx.Node, states: Mapping[fx.Node, AxisState], shapes: Shapes, *
     """
     carried = [state for before in node.all_input_nodes if (state := states.get(before, ABSENT)).kind != "absent"]
     name = _plain(operator_name(node))
-    if not carried or name in _SHAPE_ONLY:
+    if not carried or name in _SHAPE_ONLY or 0 in (shapes.get(node) or ()):
         return ABSENT
     for state in carried:
         if state.kind == "mixed":
@@ -203,6 +203,8 @@ def _attention(call: Call) -> AxisState:
     """Query rows stay apart; keys and values are summed over their positions."""
     query, key, value, mask = (call.args[name] for name in ("query", "key", "value", "attn_mask"))
     rank = max(len(call.shape(operand)) for operand in (query, key, value, mask))
+    if any(call.state(x).kind == "at" and call.state(x).dim == len(call.shape(x)) - 2 for x in (key, value)):
+        raise MixedError("every position reads the keys and values of others")
     batch: list[Any] = [("batch", back) for back in range(rank - 2, 0, -1)]
     # with grouped queries one key head serves several query heads
     shared = [*batch[:-1], "key head"] if call.args["enable_gqa"] and batch else batch

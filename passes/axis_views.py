@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from lbi_compile._torch import pytree
 from lbi_compile.passes.axis_calls import AxisState, Call, MixedError, Rule, agree
@@ -180,11 +180,8 @@ def _gather(call: Call) -> AxisState:
     """Elements move along one dim; in the others every index is met by itself."""
     inputs = call.only("self", "index", "src")
     dim, stride = agree((call.state(x).dim, call.state(x).stride) for x in inputs)
-    operands = [value for name in ("self", "index", "src") if isinstance(value := call.args.get(name), fx.Node)]
     if dim in call.dims("dim", len(call.out)):
         raise MixedError("it moves elements along the axis")
-    if any(call.shape(value)[dim] != call.out[dim] for value in operands):
-        raise MixedError("it takes a part of the axis")
     return AxisState("at", dim, stride)
 
 

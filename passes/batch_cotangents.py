@@ -16,7 +16,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+import lbi_compile.kernels.ops  # noqa: F401  registers the operators
 from lbi_compile._torch import same_size
+from lbi_compile.passes.linearity import require_linear
 
 aten = torch.ops.aten
 
@@ -35,7 +37,16 @@ class Batched:
 
     def full(self) -> Tensor:
         """``[R, *shape]``."""
+        if all(map(same_size, self.data.shape[1:], self.shape)):
+            return self.data
         return self.data.expand(self.data.shape[0], *self.shape)
+
+    def aligned(self, rank: int) -> Tensor:
+        """``data`` with new axes of size 1 in front of the node's own, so that it broadcasts against ``rank`` axes."""
+        data = self.data
+        for _ in range(rank - len(self.shape)):
+            data = data.unsqueeze(1)
+        return data
 
     def compact(self, axis: int) -> bool:
         """Axis ``axis`` of the node is kept at size 1."""
@@ -48,7 +59,7 @@ class Refused(Exception):
 
 
 class BatchInterpreter(fx.Interpreter):
-    """Interpret a slice whose first input is :class:`Batched`.
+    """Interpret a slice, some of whose inputs are :class:`Batched`.
 
     Every operator is batched by a rule of this file, else by its vmap rule, else run once per cotangent.
 
@@ -76,6 +87,7 @@ class BatchInterpreter(fx.Interpreter):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if target is operator.getitem or not any(isinstance(leaf, Batched) for leaf in leaves):
             return super().call_function(target, args, kwargs)
+        require_linear(target, args, kwargs, live=lambda x: isinstance(x, Batched))
         try:
             rule = RULES.get(target, _pointwise if torch.Tag.pointwise in target.tags else _vmap)
             return rule(self, target, *args, **kwargs)
@@ -91,9 +103,7 @@ class BatchInterpreter(fx.Interpreter):
             args, kwargs = pytree.tree_unflatten([x[i] if on else x for x, on in zip(full, live, strict=True)], spec)
             results.append(target(*args, **kwargs))
         if isinstance(results[0], (tuple, list)):
-            return tuple(
-                None if one[0] is None else self.wrap(torch.stack(one)) for one in zip(*results, strict=True)
-            )
+            return tuple(None if one[0] is None else self.wrap(torch.stack(one)) for one in zip(*results, strict=True))
         return self.wrap(torch.stack(results))
 
     def wrap(self, data: Tensor, shape: Sequence[Any] | None = None) -> Batched:
@@ -116,7 +126,7 @@ RULES: dict[Any, Rule] = {}
 
 
 def rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Register a batching rule ``rule(interpreter, target, *args, **kwargs)`` where at least one argument is Batched."""
+    """Register a batching rule ``rule(run, target, *args, **kwargs)``; at least one argument is Batched."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(targets, function))
@@ -155,14 +165,20 @@ def _pointwise(run: BatchInterpreter, target: Any, *args: Any, **kwargs: Any) ->
             return leaf
         if not leaf.shape:
             raise Refused("a scalar would change the dtype rules of its operator")
-        return leaf.data[(slice(None), *[None] * (rank - len(leaf.shape)))]
+        return leaf.aligned(rank)
 
     inner_args, inner_kwargs = pytree.tree_unflatten([align(leaf) for leaf in leaves], spec)
     return run.wrap(target(*inner_args, **inner_kwargs), shape)
 
 
-@rule(aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
-def _same(run: BatchInterpreter, target: Any, x: Batched, **_: Any) -> Batched:
+@rule(
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    torch.ops.lbi.boundary_bwd.default,  # of a bounded model inside a region of another
+)
+def _same(run: BatchInterpreter, target: Any, x: Batched, *_: Any, **__: Any) -> Batched:
     # Memory formats and copies mean nothing to a functional graph, and channels_last does not exist with one more axis.
     return x
 
@@ -178,8 +194,7 @@ def _copy(run: BatchInterpreter, target: Any, into: Any, source: Any, non_blocki
     value = run.result_value()
     if not isinstance(source, Batched):
         return source.to(device=value.device, dtype=value.dtype).expand(value.shape)
-    rank = len(value.shape) - len(source.shape)
-    data = source.data[(slice(None), *[None] * rank)]
+    data = source.aligned(value.dim())
     return run.wrap(data.to(device=value.device, dtype=value.dtype), value.shape)
 
 
@@ -223,7 +238,7 @@ def _view(run: BatchInterpreter, target: Any, x: Batched, size: Sequence[Any]) -
 @rule(aten.expand.default)
 def _expand(run: BatchInterpreter, target: Any, x: Batched, size: Sequence[Any], implicit: bool = False) -> Batched:
     shape = run.result_shape()
-    return run.wrap(x.data[(slice(None), *[None] * (len(shape) - len(x.shape)))], shape)
+    return run.wrap(x.aligned(len(shape)), shape)
 
 
 @rule(aten.unsqueeze.default)
@@ -247,6 +262,16 @@ def _transpose(run: BatchInterpreter, target: Any, x: Batched, a: int, b: int) -
     return run.wrap(x.data.transpose(a % rank + 1, b % rank + 1), run.result_shape())
 
 
+@rule(aten.sum.dim_IntList)
+def _sum(
+    run: BatchInterpreter, target: Any, x: Batched, dims: Sequence[int] | None, keepdim: bool = False, **kwargs: Any
+) -> Batched:
+    rank = len(x.shape)
+    axes = sorted({d % rank for d in dims}) if dims else list(range(rank))
+    data = x.full() if any(x.compact(axis) for axis in axes) else x.data
+    return run.wrap(target(data, [axis + 1 for axis in axes], keepdim, **kwargs), run.result_shape())
+
+
 def _with_lead(run: BatchInterpreter, x: Any) -> Tensor:
     return x.full() if isinstance(x, Batched) else x.expand(run.r, *x.shape)
 
@@ -258,9 +283,19 @@ def _cat(run: BatchInterpreter, target: Any, tensors: Sequence[Any], dim: int = 
 
 
 @rule(aten.slice_scatter.default, aten.select_scatter.default)
-def _scatter(run: BatchInterpreter, target: Any, into: Any, source: Any, dim: int = 0, *args: Any, **kw: Any) -> Batched:
+def _scatter(
+    run: BatchInterpreter, target: Any, into: Any, source: Any, dim: int = 0, *args: Any, **kw: Any
+) -> Batched:
     at = (dim % len(run.result_shape()) + 1, *args)
     return run.wrap(target(_with_lead(run, into), _with_lead(run, source), *at, **kw))
+
+
+@rule(aten.gather.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default)
+def _along(run: BatchInterpreter, target: Any, x: Any, dim: int, index: Tensor, *rest: Any, **kwargs: Any) -> Batched:
+    if not index.dim() or isinstance(index, Batched):
+        raise Refused("an index that is a scalar or depends on the cotangent")
+    rest = tuple(_with_lead(run, item) if isinstance(item, (Batched, Tensor)) else item for item in rest)
+    return run.wrap(target(_with_lead(run, x), dim % index.dim() + 1, _with_lead(run, index), *rest, **kwargs))
 
 
 def _lead_index(indices: Sequence[Any]) -> list[Any]:
@@ -305,14 +340,48 @@ def _lead_values(run: BatchInterpreter, x: Any, indices: Sequence[Any], values: 
     return _with_lead(run, values)
 
 
-def _fold(run: BatchInterpreter, tensor: Any, batch: Any) -> Any:
-    """Put the R axis into the batch axis: ``[B, ...]`` or ``[R, B, ...]`` -> ``[R*B, ...]``; a batch axis of 1 grows to B."""
-    if tensor is None:
-        return None
+def _fold(run: BatchInterpreter, tensor: Any, batch: Any) -> Tensor:
+    """Put R into the batch axis: ``[B, ...]`` or ``[R, B, ...]`` -> ``[R*B, ...]``; a batch axis of 1 grows to B."""
     lead = _with_lead(run, tensor)
-    if lead.dim() == 5:
-        lead = lead.expand(run.r, batch, *lead.shape[2:])
-    return lead.reshape(run.r * batch, *lead.shape[2:])
+    return lead.expand(run.r, batch, *lead.shape[2:]).reshape(run.r * batch, *lead.shape[2:])
+
+
+def _unfold(run: BatchInterpreter, tensor: Tensor, batch: Any) -> Batched:
+    return run.wrap(tensor.view(run.r, batch, *tensor.shape[1:]))
+
+
+def _fold_shape(run: BatchInterpreter, tensor: Tensor, batch: Any) -> Tensor:
+    """Stands for a folded input that an operator reads no values of."""
+    return tensor.new_empty(run.r * batch, *tensor.shape[1:])
+
+
+@rule(aten.convolution_backward.default)
+def _convolution(
+    run: BatchInterpreter, target: Any, grad: Any, x: Any, weight: Any, sizes: Any, *args: Any
+) -> tuple[Batched, None, None]:
+    *place, mask = args
+    if not isinstance(grad, Batched) or isinstance(weight, Batched) or mask[1] or mask[2]:
+        raise Refused("a convolution whose weight depends on the cotangent")
+    batch = x.shape[0]
+    wanted = [True, False, False]
+    result = target(_fold(run, grad, batch), _fold_shape(run, x, batch), weight, sizes, *place, wanted)[0]
+    return _unfold(run, result, batch), None, None
+
+
+@rule(
+    aten.avg_pool2d_backward.default,
+    aten.avg_pool3d_backward.default,
+    aten._adaptive_avg_pool2d_backward.default,
+    aten._adaptive_avg_pool3d_backward.default,
+    aten.max_pool2d_with_indices_backward.default,
+    aten.max_pool3d_with_indices_backward.default,
+)
+def _pool(run: BatchInterpreter, target: Any, grad: Any, x: Any, *args: Any) -> Batched:
+    if x.dim() != (5 if "3d" in str(target) else 4):
+        raise Refused("pooling without a batch axis")
+    batch = x.shape[0]
+    folded = [_fold(run, item, batch) if isinstance(item, Tensor) else item for item in args]
+    return _unfold(run, target(_fold(run, grad, batch), _fold_shape(run, x, batch), *folded), batch)
 
 
 @rule(
@@ -334,18 +403,13 @@ def _attention(run: BatchInterpreter, target: Any, *args: Any, **kwargs: Any) ->
         return run._unroll(target, leaves, spec)
     run.attention.add("fold")
     batch = given["query"].shape[0]
-    for name in ("grad_out", "grad_out_", "query", "key", "value", "out", "logsumexp", "attn_bias"):
-        if name in given:
-            given[name] = _fold(run, given[name], batch)
-    mask = given.get("attn_mask")
-    if mask is not None and mask.dim() == 4:
-        given["attn_mask"] = _fold(run, mask, batch)
-    results = target(
-        *[given.pop(name) for name in names[: len(args)]],
-        **given,
-    )
+    for name, value in given.items():
+        # Seeds and ragged offsets have no batch axis; a mask of two axes holds for every sample.
+        if isinstance(value, (Batched, Tensor)) and len(value.shape) > 2:
+            given[name] = _fold(run, value, batch)
+    results = target(*[given.pop(name) for name in names[: len(args)]], **given)
     return tuple(
-        None if value is None else run.wrap(result.reshape(run.r, batch, *result.shape[1:]))
+        None if value is None else _unfold(run, result, batch)
         for result, value in zip(results, run.result_value(), strict=True)
     )
 

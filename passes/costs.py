@@ -76,6 +76,7 @@ class _Count(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, *, mode: Any) -> None:
         super().__init__(gm)
+        self.extra_traceback = False  # the interpreter would add lines to our own errors
         self._mode = mode
         # the counter knows the fused attention kernels of GPUs, not the one of CPUs
         on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -126,7 +127,7 @@ class _Count(fx.Interpreter):
         """FLOPs of a whole LSTM, GRU or RNN, whose kernels the counter does not know and which differ by device."""
         if operator_name(node) not in _RECURRENT:
             return None
-        x, _, weights, *_ = self.map_nodes_to_values(node.args, node)
+        (x, _, weights, *_), _ = self.fetch_args_kwargs_from_env(node)
         return 2 * prod(x.shape[:-1]) * sum(weight.numel() for weight in weights if weight.dim() == 2)
 
 

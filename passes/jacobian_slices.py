@@ -1,8 +1,8 @@
-"""Cut the adjoint path of one region out of a joint graph, with what does not depend on the latent's adjoint set to zero."""
+"""Cut the adjoint path of a region out of a joint graph, with the adjoints that join it from elsewhere set to zero."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from lbi_compile._torch import core_aten_decompositions, make_fx, same_size
 from lbi_compile.errors import EngineError
+from lbi_compile.passes.batch_cotangents import Batched
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -33,6 +34,47 @@ class Slice:
         """Zeros in the shapes of ``zeros``, without memory of their own."""
         values = [node.meta["val"] for node in self.zeros]
         return [torch.zeros((), dtype=v.dtype, device=v.device).expand(v.shape) for v in values]
+
+    def zero_cotangents(self, r: int) -> list[Batched]:
+        """Zeros for R cotangents at once."""
+        values = [node.meta["val"] for node in self.zeros]
+        sizes = [(r, *[1] * v.dim()) for v in values]
+        return [
+            Batched(torch.zeros(size, dtype=v.dtype, device=v.device), tuple(v.shape))
+            for v, size in zip(values, sizes, strict=True)
+        ]
+
+    def signature(self) -> Hashable | None:
+        """Equal for two pieces exactly where their traces are equal, so that like regions are traced once.
+
+        ``None`` where the piece reads an attribute of its own.
+        """
+        nodes = list(self.module.graph.nodes)
+        if any(node.op == "get_attr" for node in nodes):
+            return None
+        place = {node: i for i, node in enumerate(nodes)}
+        lines = [f"{len(self.constants)} {len(self.zeros)}"]
+        for node in nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: _Place(place[a]))
+            lines.append(
+                f"{node.op} {_describe(node.meta.get('val'))} {'' if node.op == 'placeholder' else node.target}"
+            )
+            lines.append(f"{args} {kwargs}")
+        return "\n".join(lines)
+
+
+class _Place(int):
+    """Index of a node, printed so that it differs from a number."""
+
+    def __repr__(self) -> str:
+        return f"%{int(self)}"
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return str(value)
+    layout = f"{tuple(value.shape)} {value.stride()} {value.storage_offset()}"
+    return f"{layout} {value.dtype} {value.device} {value.layout}"
 
 
 def downstream(starts: Iterable[fx.Node], *, stop: Collection[fx.Node] = ()) -> set[fx.Node]:
@@ -152,8 +194,13 @@ def simplify(piece: Slice, live: Sequence[Tensor]) -> fx.GraphModule:
     table = _decompositions()
     if not any(node.target in table for node in piece.module.graph.nodes):
         return piece.module
-    constants = [node.meta["val"] for node in piece.constants]
+    constants = [distinct(node.meta["val"]) for node in piece.constants]
     return make_fx(piece.module, decomposition_table=table)(*live, *constants, *piece.zero_values())
+
+
+def distinct(value: Any) -> Any:
+    """The value as an object of its own: a trace tells its inputs apart by identity, and nodes may share one value."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:

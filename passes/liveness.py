@@ -82,16 +82,33 @@ def liveness(gm: fx.GraphModule, *, trainable: frozenset[str] | None = None) -> 
                 kind[node] = LIVE
             random_live |= is_random(node) and kind[node] == LIVE
     output = gm.graph.output_node()
+    trained = _with_gradient(kind, waits)
     sinks = tuple(
-        dict.fromkeys(node for node in output.all_input_nodes if kind[node] == LIVE and is_float_tensor(node))
+        dict.fromkeys(
+            node for node in output.all_input_nodes if kind[node] == LIVE and node in trained and is_float_tensor(node)
+        )
     )
     if not sinks:
         raise NoFloatPathError(
-            f"{len(output.all_input_nodes)} outputs, none of which depends on an input through a trainable parameter",
+            f"{len(output.all_input_nodes)} outputs; none takes a gradient to a trainable parameter and reads an input",
             expected="at least one float output computed from an input and a parameter",
-            do="check that the model has parameters and that its output is not detached, rounded or an argmax",
+            do="check that the model has float parameters and that its output is not detached, computed under no_grad, "
+            "or an argmax",
         )
     return Liveness(kind, waits, tuple(n for n, k in kind.items() if k == LIVE), sinks)
+
+
+def _with_gradient(kind: Mapping[fx.Node, str], waits: Mapping[fx.Node, tuple[fx.Node, ...]]) -> set[fx.Node]:
+    """The nodes from which a gradient reaches a trainable parameter: unlike values, it stops at a detach."""
+    found: set[fx.Node] = set()
+    for node, what in kind.items():
+        name = getattr(node.target, "__name__", "")
+        # the exporter wraps what runs under no_grad into an operator that names the mode first
+        stops = name.startswith("detach") or (name == "wrap_with_set_grad_enabled" and node.args[0] is False)
+        passes = what not in (NUMBER, PARAMETER) and not stops
+        if what == PARAMETER or (passes and any(before in found for before in waits[node])):
+            found.add(node)
+    return found
 
 
 def _join(kinds: set[str]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ from lbi_compile._torch import (
 )
 from lbi_compile.errors import EngineError, LBIError
 from lbi_compile.passes.batch_cotangents import Batched, BatchInterpreter
-from lbi_compile.passes.jacobian_slices import cut, downstream, simplify, upstream
+from lbi_compile.passes.jacobian_slices import cut, distinct, downstream, simplify, upstream
 
 FORWARD, BACKWARD = torch.ops.lbi.boundary.default, torch.ops.lbi.boundary_bwd.default
 MAX_R = 64
@@ -39,15 +40,15 @@ class ScanRecord:
     """What became of the markers of one compiled graph.
 
     Attributes:
-        status: ``"none"`` (nothing compiled yet), ``"scan"``, ``"plain"`` (nothing to scan), ``"inference"`` (no backward) or
-            ``"failed"``.
+        status: ``"none"`` (nothing compiled yet), ``"scan"``, ``"plain"`` (nothing to scan), ``"inference"`` (no
+            backward) or ``"failed"``.
         why: One sentence about ``status``.
         scans: Calls of ``lbi::suffix_scan`` in the backward, one per bounded model (and per call of it) in the graph.
         jacobians: Interface Jacobians over all scans.
         shared: How many of them are the same for every index and computed once.
         r: Latent widths, one per scan.
         unrolled: Operator to the reason why it runs once per cotangent instead of batched over R.
-        sdpa: How attention backwards are batched over R: ``"fold"`` (into the batch axis), ``"unroll"``, both, or ``""``.
+        sdpa: How fused attention is batched over R: ``"fold"`` (into the batch axis), ``"unroll"``, both, or ``""``.
         inserted: Nodes added to the joint graph, before dead ones are removed.
         forward_nodes: Nodes of the compiled forward graph.
         backward_nodes: Nodes of the compiled backward graph.
@@ -79,10 +80,13 @@ def scan_backward(
 ) -> fx.GraphModule:
     """Replace the chain of adjoints between markers by interface Jacobians and one suffix scan per chain.
 
-    Contract: ``gm`` is a joint graph of AOTAutograd with markers ``lbi::boundary`` on latents ``[..., R]`` and, where they
-    get a gradient, ``lbi::boundary_bwd``. Afterwards it has no markers; every ``boundary_bwd`` but the last of a chain is
-    an output of ``lbi::suffix_scan``; all other gradients are computed by the nodes that computed them before. The graph
-    is rewritten in place. On an error it is left unusable.
+    Contract: ``gm`` is a joint graph of AOTAutograd with markers ``lbi::boundary`` on latents ``[..., R]`` and, where
+    they get a gradient, ``lbi::boundary_bwd``. Afterwards it has no markers; every ``boundary_bwd`` but the last of a
+    chain is an output of ``lbi::suffix_scan``; all other gradients are computed by the nodes that computed them before.
+    The graph is rewritten in place. On an error it is left unusable.
+
+    The rewrite is exact whatever the markers mean: it follows the data flow of the graph. Only the independence of the
+    leading indices of a latent is taken on trust.
 
     Args:
         gm: The joint graph.
@@ -100,19 +104,31 @@ def scan_backward(
         >>> record = ScanRecord()
         >>> _ = scan_backward(fx.symbolic_trace(nn.ReLU()), record=record)
         >>> record.status, record.why
-        ('plain', 'nothing to scan: fewer than two boundaries get a gradient')
+        ('inference', 'nothing in the graph needs a gradient')
 
-    With ``J_k = d m_{k+1} / d m_k`` the adjoints are ``lam_k = J_k^T lam_{k+1} + b_k``: the rows of ``J_k`` are region k's
-    adjoint path run on R unit cotangents, ``b_k`` is the same path run on zero, with what enters it from elsewhere.
+    With ``J_k = d m_{k+1} / d m_k`` the adjoints are ``lam_k = J_k^T lam_{k+1} + b_k``: the rows of ``J_k`` are region
+    k's adjoint path run on R unit cotangents, ``b_k`` is the same path run on zero, with what joins it from elsewhere.
     """
     started = time.perf_counter()
-    record.become(ScanRecord(status="plain", why="nothing to scan: fewer than two boundaries get a gradient"))
+    if any(map(is_tangent, gm.graph.nodes)):
+        record.become(ScanRecord(status="plain", why="nothing to scan: fewer than two boundaries get a gradient"))
+    else:
+        record.become(ScanRecord(status="inference", why="nothing in the graph needs a gradient"))
     try:
         for markers in _chains(gm.graph):
             _solve(gm, markers, record, decompositions)
     except EngineError as error:
         record.status, record.why, record.error = "failed", error.found, error
         raise
+    except Exception as error:
+        # Whatever else stops the rewrite is a reason for `auto` to take another engine too; the cause stays attached.
+        reason = EngineError(
+            f"the backward could not be rewritten ({type(error).__name__}: {error})",
+            expected="a backward made of operators that can be traced again",
+            do="use backward='chain' (same gradients)",
+        )
+        record.status, record.why, record.error = "failed", reason.found, reason
+        raise reason from error
     erase_markers(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
@@ -122,16 +138,16 @@ def scan_backward(
 
 
 def erase_markers(graph: fx.Graph) -> None:
-    """Take every marker out of ``graph``."""
-    results = set(graph.output_node().all_input_nodes)
+    """Take every marker out of ``graph``.
+
+    A forward marker becomes the copy that it is: AOTAutograd has noted that its result is no alias of anything.
+    """
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in (FORWARD, BACKWARD):
-            if node.target is FORWARD and node in results:
-                # A marked latent that the program returns is a tensor of its own, not an alias of another result.
-                node.target, node.args = torch.ops.aten.clone.default, node.args[:1]
-            else:
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
+        if node.op == "call_function" and node.target is FORWARD:
+            node.target, node.args = torch.ops.aten.clone.default, node.args[:1]
+        elif node.op == "call_function" and node.target is BACKWARD:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _chains(graph: fx.Graph) -> list[list[fx.Node]]:
@@ -141,7 +157,8 @@ def _chains(graph: fx.Graph) -> list[list[fx.Node]]:
     for node in graph.nodes:
         if node.op == "call_function" and node.target is BACKWARD:
             _, k, chain = node.args
-            calls[chain, forward(node)][k] = node
+            if calls[chain, forward(node)].setdefault(k, node) is not node:
+                raise _indistinct(k, chain)
     chains = []
     for (chain, _), markers in calls.items():
         ks = sorted(markers)
@@ -158,7 +175,7 @@ def _chains(graph: fx.Graph) -> list[list[fx.Node]]:
 
 
 def _call_numbers(graph: fx.Graph) -> Callable[[fx.Node], int]:
-    """Which call of its bounded model a backward marker belongs to: autograd gives both markers of a pair one number."""
+    """Tells which call of its bounded model a backward marker is of: a pair of markers shares autograd's number."""
     numbers: dict[tuple[int, int], list[Any]] = defaultdict(list)
     for node in graph.nodes:
         if node.op == "call_function" and node.target is FORWARD:
@@ -169,14 +186,18 @@ def _call_numbers(graph: fx.Graph) -> Callable[[fx.Node], int]:
         if len(known) == 1:
             return 0
         if number is None or known.count(number) != 1:
-            raise EngineError(
-                f"boundary {node.args[1]} occurs {len(known)} times in one graph and its calls cannot be told apart",
-                expected="one call of a bounded model per compiled graph, or autograd sequence numbers on its nodes",
-                do="use backward='chain' here",
-            )
+            raise _indistinct(*node.args[1:])
         return known.index(number)
 
     return call
+
+
+def _indistinct(k: Any, chain: Any) -> EngineError:
+    return EngineError(
+        f"boundary {k} of bounded model {chain} occurs several times in one graph and its calls cannot be told apart",
+        expected="one call of a bounded model per compiled graph, or autograd sequence numbers on its nodes",
+        do="use backward='chain' here",
+    )
 
 
 def _solve(
@@ -192,7 +213,7 @@ def _solve(
     jacobians: list[fx.Node] = []
     shared: list[bool] = []
     others: dict[int, fx.Node] = {}
-    for at, (to, source) in enumerate(zip(markers, markers[1:], strict=False)):
+    for at, (to, source) in enumerate(itertools.pairwise(markers)):
         region = _region(graph, markers, source, to)
         jacobian, is_shared = _jacobian(gm, region, splicer, r, record)
         jacobians.append(jacobian)
@@ -202,7 +223,12 @@ def _solve(
     count = len(jacobians)
     same_everywhere = all(shared)
 
-    def scan(last: Tensor, *pieces: Tensor) -> list[Tensor]:
+    # Under autocast the latents of one model may differ in dtype.
+    dtypes = [marker.meta["val"].dtype for marker in markers]
+    dtype = functools.reduce(torch.promote_types, dtypes)
+
+    def scan(*values: Tensor) -> list[Tensor]:
+        last, *pieces = [value.to(dtype) for value in values]
         lead = tuple(last.shape[:-1])
         n = math.prod(lead)
         rows = [piece.movedim(0, -2) for piece in pieces[:count]]  # [*lead or 1s, R, R]
@@ -216,7 +242,7 @@ def _solve(
             nothing = torch.zeros((), dtype=last.dtype, device=last.device).expand(n, r)
             b = torch.stack([bias[at].reshape(n, r) if at in bias else nothing for at in range(count)])
         lam = torch.ops.lbi.suffix_scan.default(J, last.reshape(n, r), b)
-        return [lam[at].reshape(*lead, r) for at in range(count)]
+        return [lam[at].reshape(*lead, r).to(dtypes[at]) for at in range(count)]
 
     last = markers[-1].args[0]
     assert isinstance(last, fx.Node)
@@ -235,8 +261,7 @@ def _solve(
 
 def _width(markers: Sequence[fx.Node]) -> int:
     shapes = [tuple(marker.meta["val"].shape) for marker in markers]
-    alike = all(len(s) == len(shapes[0]) and all(map(same_size, s, shapes[0])) for s in shapes)
-    if not alike or not shapes[0]:
+    if not shapes[0] or not all(_same_shape(shape, shapes[0]) for shape in shapes):
         raise EngineError(
             f"latents of shapes {shapes}",
             expected="one shape [..., r] at every boundary",
@@ -250,6 +275,10 @@ def _width(markers: Sequence[fx.Node]) -> int:
             do="choose a smaller r, or backward='chain'",
         )
     return r
+
+
+def _same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(same_size, a, b))
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +295,8 @@ class _Region:
 def _region(graph: fx.Graph, markers: Sequence[fx.Node], source: fx.Node, to: fx.Node) -> _Region:
     """Nodes between two backward markers, and the adjoints that join them from elsewhere."""
     stop = set(markers)
-    end, k = to.args[0], to.args[1]
-    assert isinstance(end, fx.Node) and isinstance(k, int)
+    end: Any = to.args[0]
+    k: Any = to.args[1]
     inside = downstream([source], stop=stop) & (upstream([to], stop=stop))
     path = tuple(node for node in graph.nodes if node in inside)
     adjoint = downstream([n for n in graph.nodes if is_tangent(n)] + list(markers))
@@ -287,27 +316,32 @@ def _region(graph: fx.Graph, markers: Sequence[fx.Node], source: fx.Node, to: fx
 def _jacobian(
     gm: fx.GraphModule, region: _Region, splicer: _Splicer, r: int, record: ScanRecord
 ) -> tuple[fx.Node, bool]:
-    """Splice ``J`` ``[R, *lead, R]`` (axes of lead that it does not depend on at size 1), row by row the adjoint path run
-    on unit cotangents; and whether it is the same for every index."""
+    """Splice ``J`` ``[R, *lead, R]``, its rows the adjoint path run on unit cotangents; and whether it is the same for
+    every index (then all axes of lead are 1)."""
     value = region.source.meta["val"]
     shape = tuple(value.shape)
     if region.end not in region.path and region.end is not region.source:
         # Nothing flows from this latent to the next one (a detached region).
-        return splicer(lambda: torch.zeros(r, *[1] * len(shape[:-1]), r, dtype=value.dtype, device=value.device), []), True
+        return splicer(
+            lambda: torch.zeros(r, *[1] * len(shape[:-1]), r, dtype=value.dtype, device=value.device), []
+        ), True
     piece = cut(gm, region.path, live=[region.source], dead=region.extra, end=region.end)
-    with splicer.tracing():
-        module = simplify(piece, [torch.zeros((), dtype=value.dtype, device=value.device).expand(shape)])
+    like = piece.signature()
+    module = piece.module
+    if not splicer.knows(like):
+        with splicer.tracing():
+            module = simplify(piece, [torch.zeros((), dtype=value.dtype, device=value.device).expand(shape)])
 
     def rows(*constants: Tensor) -> Tensor:
         eye = torch.eye(r, dtype=value.dtype, device=value.device).view(r, *[1] * (len(shape) - 1), r)
         run = BatchInterpreter(module, r)
-        result = run.run(Batched(eye, shape), *constants, *piece.zero_values())
+        result = run.run(Batched(eye, shape), *constants, *piece.zero_cotangents(r))
         record.unrolled.update(run.unrolled)
         record.sdpa = "+".join(sorted({*filter(None, record.sdpa.split("+")), *run.attention}))
         data = result.data if isinstance(result, Batched) else result.new_zeros(()).expand(r, *result.shape)
         return data if isinstance(data.shape[-1], int) and data.shape[-1] == r else data.expand(*data.shape[:-1], r)
 
-    node = splicer(rows, piece.constants)
+    node = splicer(rows, piece.constants, like=like)
     lead = node.meta["val"].shape[1:-1]
     return node, all(isinstance(size, int) and size == 1 for size in lead)
 
@@ -335,41 +369,25 @@ class _Splicer:
     def __init__(self, gm: fx.GraphModule, markers: Sequence[fx.Node], decompositions: Any) -> None:
         self.gm, self.decompositions = gm, decompositions
         self.inserted = 0
+        self.traced: dict[Hashable, fx.GraphModule] = {}
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.before = min(markers, key=order.__getitem__)
         values = [node.meta.get("val") for node in gm.graph.nodes]
         self.fake = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
-        # Sizes that a trace uses must be bound by one of its inputs: the latent itself, forward, has them.
+        # Sizes that a trace uses must be bound by its inputs: Dynamo's symbolic sizes and a latent of this chain, forward.
+        sizes = [n for n in gm.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.SymInt)]
         shape = markers[-1].meta["val"].shape
-        self.binders = [
-            node
-            for node in gm.graph.nodes
-            if (node.op == "placeholder" and isinstance(node.meta.get("val"), torch.SymInt))
-            or (node.target is FORWARD and len(node.meta["val"].shape) == len(shape)
-                and all(map(same_size, node.meta["val"].shape, shape)))
-        ]
+        latents = gm.graph.find_nodes(op="call_function", target=FORWARD)
+        self.binders = [*sizes, *[n for n in latents if _same_shape(n.meta["val"].shape, shape)][:1]]
 
-    def tracing(self) -> contextlib.ExitStack:
-        """What the rewrite traces under: the joint graph's fake mode, no new guards, no silent loops."""
-        stack = contextlib.ExitStack()
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(no_autocast())
-        stack.enter_context(vmap_without_fallback())
-        if self.fake is not None:
-            stack.enter_context(self.fake)
-            stack.enter_context(enable_python_dispatcher())
-            stack.enter_context(no_new_guards(self.fake))
-        return stack
+    def __call__(self, function: Callable[..., Any], inputs: Sequence[fx.Node], *, like: Hashable | None = None) -> Any:
+        """Insert ``function`` of ``inputs``; the node (or list of nodes) of its result.
 
-    def __call__(self, function: Callable[..., Any], inputs: Sequence[fx.Node]) -> Any:
-        """Insert ``function`` of ``inputs``; the node (or list of nodes) of its result."""
+        Functions that come with an equal ``like`` are known to trace alike and are traced once.
+        """
         bound = [*self.binders, *inputs]
-        skip = len(self.binders)
-        with self.tracing():
-            traced = make_fx(lambda *values: function(*values[skip:]), decomposition_table=self.decompositions)(
-                *[node.meta["val"] for node in bound]
-            )
-        traced.graph.eliminate_dead_code()
+        traced = self.traced[like] if self.knows(like) else self._trace(function, bound)
+        self.traced[like] = traced
         graph = self.gm.graph
         copies = dict(zip(traced.graph.find_nodes(op="placeholder"), bound, strict=True))
         with graph.inserting_before(self.before):
@@ -383,6 +401,29 @@ class _Splicer:
                 if node.op != "placeholder":
                     self._mark(copies[node], node)
         raise AssertionError("a traced graph has an output")
+
+    def knows(self, like: Hashable | None) -> bool:
+        """A function with this ``like`` has been traced."""
+        return like is not None and like in self.traced
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """The joint graph's fake mode, without autocast, new guards and silent loops."""
+        with contextlib.ExitStack() as stack:
+            for context in (torch.no_grad(), no_autocast(), vmap_without_fallback()):
+                stack.enter_context(context)
+            if self.fake is not None:
+                for context in (self.fake, enable_python_dispatcher(), no_new_guards(self.fake)):
+                    stack.enter_context(context)
+            yield
+
+    def _trace(self, function: Callable[..., Any], bound: Sequence[fx.Node]) -> fx.GraphModule:
+        skip = len(self.binders)
+        trace = make_fx(lambda *values: function(*values[skip:]), decomposition_table=self.decompositions)
+        with self.tracing():
+            traced = trace(*[distinct(node.meta["val"]) for node in bound])
+        traced.graph.eliminate_dead_code()
+        return traced
 
     def _constant(self, value: Any) -> fx.Node:
         at = 0

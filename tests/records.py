@@ -76,7 +76,7 @@ def report() -> Report:
         batch_independent=True,
         lanes=(("blocks.1:add[1]", 1), ("extra.3:add[1]", 2)),
         jacobian_norms=(0.93, 1.21),
-        product_norms=(0.85, 1.21),
+        product_norms=(1.21, 0.85),
         first_boundary=1,
         checks=(
             Check("gradients", True, "84 parameters and 1 input; the largest relative error is 3.1e-13"),

@@ -2,103 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim
 
 from lbi_compile.errors import InterfaceError, LatentWidthError, RegionsError
 from lbi_compile.interfaces import (
     KINDS,
-    ChunkedInterface,
-    Interface,
     PooledInterface,
     TokenInterface,
     build_interface,
     canvas_scale,
-    chunk_count,
-    tokens_per_chunk,
+    interface_class,
 )
 from lbi_compile.interfaces.token import GRUCell, LinearCell
-
-B, T, D = 3, 11, 8
-# (kind, cell) of every interface, and those that cross something.
-ALL = [
-    ("pooled", None),
-    ("chunked", None),
-    ("token", "gru"),
-    ("token", "linear"),
-    ("identity", None),
-    ("zero", None),
-    ("self", None),
-    ("self", "gru"),
-    ("self", "linear"),
-]
-CROSSING = ALL[:5]
-LEARNED = ALL[:4]
-
-
-def build(kind: str, cell: str | None = None, *, regions: int = 4, r: int = 16, canvas: Tensor | None = None, **more):
-    canvas = torch.randn(B, T, D) if canvas is None else canvas
-    return build_interface(kind, regions=regions, width=canvas.shape[-1], r=r, canvas=canvas, cell=cell, **more)
-
-
-class Chain(nn.Module):
-    """A bounded model in small: position-wise bodies and finishes, joined by an interface."""
-
-    def __init__(
-        self, lbi: Interface, *, part: Callable[[], nn.Module] = lambda: nn.Linear(D, D), readout: str | None = None
-    ) -> None:
-        super().__init__()
-        self.lbi = lbi
-        self.readout = readout or lbi.readouts[0]
-        self.bodies = nn.ModuleList(part() for _ in range(lbi.regions))
-        self.finishes = nn.ModuleList(part() for _ in range(lbi.regions))
-
-    def trace(self, canvas: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
-        """Region inputs x, outputs h and latents m."""
-        lbi, m = self.lbi, self.lbi.initial(canvas)
-        xs, hs, ms = [], [], [m]
-        for k, (body, finish) in enumerate(zip(self.bodies, self.finishes, strict=True)):
-            x, z = lbi.enter(k, canvas, m), None
-            a = body(x)
-            if lbi.splits:
-                z = lbi.encode(k, a)
-                a = lbi.inject(k, a, z, m)
-            h = finish(a)
-            m = lbi.leave(k, m=m, h=h, z=z)
-            xs.append(x)
-            hs.append(h)
-            ms.append(m)
-        return xs, hs, ms
-
-    def forward(self, canvas: Tensor) -> Tensor:
-        xs, hs, _ = self.trace(canvas)
-        if self.readout == "last":
-            return hs[-1]
-        for x, h in zip(xs, hs, strict=True):
-            canvas = canvas + (h - x)
-        return canvas
-
-
-class Pointwise(nn.Module):
-    """A part without matrix products, whose bits cannot depend on how many positions there are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale, self.shift = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(D))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(x * self.scale + self.shift)
-
+from tests.interface_chain import ALL, CROSSING, LEARNED, B, Chain, D, Pointwise, T, build
 
 # --- the contract -----------------------------------------------------------------------------------------------------
 
@@ -109,6 +32,7 @@ class Pointwise(nn.Module):
 def test_latents_exist_where_they_are_said_to(kind: str, cell: str | None, regions: int, r: int):
     canvas = torch.randn(B, T, D)
     lbi = build(kind, cell, regions=regions, r=r, canvas=canvas)
+    assert type(lbi) is interface_class(kind, cell)
     xs, _, ms = Chain(lbi).trace(canvas)
     assert [k for k, m in enumerate(ms) if m is not None] == list(lbi.latents)
     assert {tuple(m.shape) for m in ms if m is not None} <= {lbi.latent_shape(tuple(canvas.shape))}
@@ -141,7 +65,7 @@ def test_readouts_leave_out_what_would_idle(kind: str, cell: str | None, r: int)
     chain = Chain(build(kind, cell, r=r), readout="last")
     chain(torch.randn(B, T, D)).square().sum().backward()
     assert any(p.grad is None or not p.grad.any() for p in chain.parameters())
-    assert chain.lbi.readouts == ("sum",)
+    assert chain.lbi.readouts == type(chain.lbi).readouts_for(r) == ("sum",)
 
 
 @pytest.mark.parametrize(("kind", "cell"), ALL)
@@ -305,122 +229,6 @@ def test_zero_adds_nothing():
     assert lbi.enter(2, canvas, None) is canvas
 
 
-# --- chunks -----------------------------------------------------------------------------------------------------------
-
-
-def test_chunk_numbers():
-    counts = {r: chunk_count(r) for r in (1, 2, 3, 4, 6, 7, 8, 10, 12, 14, 16, 24, 32, 64)}
-    assert counts == {1: 1, 2: 1, 3: 1, 4: 1, 6: 1, 7: 1, 8: 2, 10: 2, 12: 3, 14: 2, 16: 4, 24: 4, 32: 4, 64: 4}
-    assert chunk_count(6, 3) == 3
-    assert [tokens_per_chunk(length, 16) for length in (1, 5, 6, 128)] == [1, 1, 2, 26]
-    lbi = build("chunked", canvas=torch.randn(B, 128, D))
-    assert isinstance(lbi, ChunkedInterface)
-    assert (lbi.chunks, lbi.chunk, lbi.chunk_width) == (4, 26, 4)
-
-
-@pytest.mark.parametrize(("r", "chunks"), [(16, 4), (12, 3), (6, 3), (3, 3), (5, 1)])
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 8, 9, 11, 12, 13, 16, 29])
-def test_chunked_formulas(r: int, chunks: int, length: int):
-    """Against loops over positions."""
-    w, chunk = r // chunks, 3
-    lbi = build("chunked", r=r, chunks=chunks, chunk=chunk, canvas=torch.randn(B, T, D).double())
-    assert isinstance(lbi, ChunkedInterface)
-    canvas, h = torch.randn(2, B, length, D, dtype=torch.float64)
-    group = [min(t // chunk, chunks) for t in range(length)]
-
-    def pooled(value: Tensor, c: int) -> Tensor | None:
-        rows = [value[:, t] for t in range(length) if group[t] == c]
-        return sum(rows[1:], rows[0]) / len(rows) if rows else None
-
-    def norm(value: Tensor) -> Tensor:
-        return value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt() if w >= 4 else value.tanh()
-
-    m = lbi.initial(canvas)
-    gate = torch.tanh(lbi.gates[1])
-    after = lbi.leave(1, m=m, h=h)
-    for c in range(chunks):
-        part = slice(c * w, (c + 1) * w)
-        first, mean = pooled(canvas, c), pooled(h, c)
-        if first is None or mean is None:
-            assert not m[:, part].any()
-            assert not after[:, part].any()
-        else:
-            torch.testing.assert_close(m[:, part], lbi.encode_canvas(first))
-            torch.testing.assert_close(after[:, part], norm(m[:, part] + gate * lbi.encoders[1](mean)))
-    x = lbi.enter(2, canvas, m)
-    for t in range(length):
-        seen = torch.cat([m[:, : group[t] * w], torch.zeros(B, r - group[t] * w)], 1)
-        read = lbi.decoders[2](seen) if group[t] else 0.0
-        torch.testing.assert_close(x[:, t], canvas[:, t] + read)
-
-
-def _chunked_chain(dtype: torch.dtype = torch.float32) -> Chain:
-    return Chain(build("chunked", chunk=3, canvas=torch.randn(B, T, D)), part=Pointwise).to(dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("length", [2, 7, 12, 13, 16, 40])
-def test_chunked_reads_no_later_position(length: int, dtype: torch.dtype):
-    chain = _chunked_chain(dtype)
-    canvas = torch.randn(B, length, D, dtype=dtype)
-    xs, hs, _ = chain.trace(canvas)
-    for t in range(1, length):
-        for change in (torch.randn(B, length - t, D, dtype=dtype), torch.tensor(math.nan, dtype=dtype)):
-            changed = canvas.clone()
-            changed[:, t:] = change
-            xs_, hs_, _ = chain.trace(changed)
-            for value, other in zip(xs + hs, xs_ + hs_, strict=True):
-                assert torch.equal(value[:, :t], other[:, :t])
-                assert not torch.equal(value[:, t:], other[:, t:])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_chunked_prefix_does_not_depend_on_what_follows(batch: int, dtype: torch.dtype):
-    chain = _chunked_chain(dtype)
-    canvas = torch.randn(batch, 67, D, dtype=dtype)
-    whole = chain(canvas)
-    for length in range(1, 67):
-        assert torch.equal(chain(canvas[:, :length]), whole[:, :length]), length
-
-
-@pytest.mark.slow
-def test_chunked_prefix_with_wide_long_input():
-    """Sizes at which PyTorch splits sums over threads and vectors differently."""
-    torch.set_num_threads(2)
-    try:
-        lbi = build("chunked", canvas=torch.randn(2, 1000, 384))
-        canvas = torch.randn(2, 1000, 384)
-        whole, m = lbi.initial(canvas), torch.randn(2, 16)
-        for length in (1, 200, 201, 399, 400, 401, 799, 801, 802, 999):
-            full = min(length // lbi.chunk, lbi.chunks) * lbi.chunk_width
-            assert torch.equal(lbi.initial(canvas[:, :length])[:, :full], whole[:, :full])
-            assert torch.equal(lbi.enter(1, canvas[:, :length], m), lbi.enter(1, canvas, m)[:, :length])
-    finally:
-        torch.set_num_threads(1)
-
-
-def test_chunked_passes_on_what_came_before():
-    chain = _chunked_chain()
-    canvas = torch.randn(B, 16, D)
-    changed = canvas.clone()
-    changed[:, 0] += 1
-    moved = (chain.trace(canvas)[0][2] - chain.trace(changed)[0][2]).abs().amax((0, 2))
-    # Position 0 feeds chunk 0, which its own group does not read.
-    assert (moved[1:3] == 0).all()
-    assert (moved[3:] > 0).all()
-
-
-def test_chunked_jacobian_is_block_lower_triangular():
-    lbi = build("chunked", chunk=3).double()
-    body = nn.Linear(D, D, dtype=torch.float64)
-    canvas = torch.randn(1, 16, D, dtype=torch.float64)
-    m = torch.randn(1, 16, dtype=torch.float64)
-    J = torch.autograd.functional.jacobian(lambda m: lbi.leave(1, m=m, h=body(lbi.enter(1, canvas, m)), z=None), m)
-    blocks = J[0, :, 0].unflatten(1, (4, 4)).unflatten(0, (4, 4)).abs().amax((1, 3))  # [C, C]
-    assert torch.equal(blocks > 0, torch.ones(4, 4, dtype=torch.bool).tril())
-
-
 @pytest.mark.parametrize("cell", ["gru", "linear"])
 def test_token_positions_are_independent(cell: str):
     chain = Chain(build("token", cell), part=Pointwise)
@@ -495,104 +303,6 @@ def test_canvas_scale():
         canvas_scale(mode.from_tensor(torch.randn(2, 3)))
     lbi = build("chunked", canvas=torch.empty(B, T, D, device="meta"), scale=1.0)
     assert {p.device.type for p in lbi.parameters()} == {"meta"}
-
-
-# --- dtypes, tracing, batching ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("kind", "cell"), LEARNED)
-@pytest.mark.parametrize("canvas_dtype", [torch.float32, torch.bfloat16])
-def test_autocast_keeps_latents_in_one_dtype(kind: str, cell: str | None, canvas_dtype: torch.dtype):
-    chain = Chain(build(kind, cell))
-    canvas = torch.randn(B, T, D, dtype=canvas_dtype)
-    with torch.autocast("cpu", torch.bfloat16):
-        xs, _, ms = chain.trace(canvas)
-        out = chain(canvas)
-    assert {m.dtype for m in ms if m is not None} == {torch.float32}
-    assert {x.dtype for x in xs} == {canvas_dtype}
-    out.float().square().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in chain.parameters())
-    torch.testing.assert_close(out.float(), chain(canvas.float()), atol=0.1, rtol=0.1)
-
-
-@pytest.mark.parametrize(("kind", "cell"), ALL)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_dtypes(kind: str, cell: str | None, dtype: torch.dtype):
-    chain = Chain(build(kind, cell)).to(dtype)
-    xs, _, ms = chain.trace(torch.randn(B, T, D, dtype=dtype))
-    assert {v.dtype for v in [*xs, *ms] if v is not None} == {dtype}
-
-
-@pytest.mark.parametrize(("kind", "cell"), ALL)
-def test_export_with_dynamic_batch_and_length(kind: str, cell: str | None):
-    chain = Chain(build(kind, cell, chunk=3 if kind == "chunked" else None))
-    dims = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    exported = torch.export.export(chain, (torch.randn(B, T, D),), dynamic_shapes=(dims,), strict=False).module()
-    # Shorter than one chunk, inside, at and past the last one.
-    for shape in [(3, 2), (2, 5), (7, 12), (4, 13), (5, 50)]:
-        canvas = torch.randn(*shape, D)
-        torch.testing.assert_close(exported(canvas), chain(canvas), rtol=0, atol=0)
-
-
-# The other interfaces are made of the same operations, and tests of export cover them.
-@pytest.mark.parametrize(("kind", "cell"), [("pooled", None), ("chunked", None), ("token", "gru")])
-def test_dynamo_takes_one_graph_for_all_shapes(kind: str, cell: str | None):
-    chain = Chain(build(kind, cell, regions=3, chunk=3 if kind == "chunked" else None))
-    counter, compiled_at_first = CompileCounterWithBackend("aot_eager"), 0
-    compiled = torch.compile(chain, backend=counter, fullgraph=True, dynamic=True)
-    for shape in [(3, 11), (2, 5), (7, 12), (4, 13), (5, 50)]:
-        canvas = torch.randn(*shape, D)
-        out, expected = compiled(canvas), chain(canvas)
-        torch.testing.assert_close(out, expected)
-        grads = [torch.autograd.grad(v.square().sum(), list(chain.parameters())) for v in (out, expected)]
-        torch.testing.assert_close(*grads)
-        # The first call may compile twice: PyTorch starts again where a float, here a norm's eps, has to be a constant.
-        compiled_at_first = compiled_at_first or counter.frame_count
-    assert counter.frame_count == compiled_at_first
-
-
-@pytest.fixture
-def no_fallback():
-    """Make a missing batching rule an error, where vmap would loop in silence."""
-    before = torch._C._functorch._is_vmap_fallback_enabled()
-    torch._C._functorch._set_vmap_fallback_enabled(False)
-    yield
-    torch._C._functorch._set_vmap_fallback_enabled(before)
-
-
-@pytest.mark.parametrize(("kind", "cell"), LEARNED)
-@pytest.mark.usefixtures("no_fallback")
-def test_backward_can_be_batched_over_the_latent(kind: str, cell: str | None):
-    chain = Chain(build(kind, cell)).double()
-    _, _, ms = chain.trace(torch.randn(B, T, D, dtype=torch.float64))
-    m, after = ms[2], ms[3]
-    r = after.shape[-1]
-    cotangents = torch.eye(r, dtype=after.dtype).view(r, *[1] * (after.dim() - 1), r).expand(r, *after.shape)
-    (J,) = torch.autograd.grad(after, m, cotangents, is_grads_batched=True, retain_graph=True)
-    rows = [torch.autograd.grad(after, m, cotangent, retain_graph=True)[0] for cotangent in cotangents]
-    torch.testing.assert_close(J, torch.stack(rows))
-    assert J.abs().max() > 0
-
-
-@pytest.mark.parametrize(("kind", "cell"), ALL)
-def test_gradients_by_finite_differences(kind: str, cell: str | None):
-    chain = Chain(build(kind, cell, regions=3, r=4, chunk=2 if kind == "chunked" else None), part=Pointwise).double()
-    canvas = torch.randn(2, 7, D, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(chain, (canvas,), fast_mode=True)
-
-
-@pytest.mark.parametrize(("kind", "cell"), ALL)
-def test_copies_and_state(kind: str, cell: str | None):
-    lbi = build(kind, cell)
-    canvas = torch.randn(B, T, D)
-    torch.manual_seed(1)
-    chain = Chain(lbi)
-    twins = [copy.deepcopy(chain.lbi), pickle.loads(pickle.dumps(chain.lbi)), build(kind, cell, canvas=canvas, seed=9)]
-    twins[2].load_state_dict(lbi.state_dict(), strict=True)
-    expected = chain(canvas)
-    for twin in twins:
-        chain.lbi = twin
-        assert torch.equal(chain(canvas), expected)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import opcheck
@@ -30,6 +31,8 @@ from tests.scan_oracle import (
 )
 
 lbi = torch.ops.lbi
+# torch 2.13 scripts its own forward-mode decompositions when they are first needed.
+forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 SCANS = [
     pytest.param(lbi.suffix_scan, reference.suffix_scan, suffix_definition, id="suffix"),
     pytest.param(lbi.prefix_scan, reference.prefix_scan, prefix_definition, id="prefix"),
@@ -126,6 +129,7 @@ class TestScans:
             for a, c in zip(got, expected, strict=True):
                 torch.testing.assert_close(a[i], c)
 
+    @forward_mode
     def test_functorch(self, op, twin, definition):
         J, end, b = problem(3, 2, 4)
 
@@ -135,6 +139,7 @@ class TestScans:
         for transform in (torch.func.grad, torch.func.hessian, lambda f: lambda J: torch.func.jvp(f, (J,), (J,))[1]):
             torch.testing.assert_close(transform(through(op))(J), transform(through(twin))(J))
 
+    @forward_mode
     def test_forward_mode_is_refused_not_dropped(self, op, twin, definition):
         J, end, b = problem(3, 2, 4)
         with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
@@ -157,10 +162,10 @@ class TestScans:
 
         def backend(graph, example_inputs):
             graphs.append(graph)
-            return aot_autograd(fw_compiler=lambda g, _: g)(graph, example_inputs)
+            return aot_autograd(fw_compiler=lambda g, _: make_boxed_func(g))(graph, example_inputs)
 
         compiled = torch.compile(lambda J, end, b: op(J * 2, end, b), backend=backend, fullgraph=True, dynamic=True)
-        for N in (3, 5, 8):
+        for N in (6, 5, 8):  # the first unlike K and R, or Dynamo would take them for one size
             args = with_grad(*problem(4, N, 3))
             out, expected = compiled(*args), twin(args[0] * 2, *args[1:])
             torch.testing.assert_close(out, expected)
@@ -185,7 +190,7 @@ class TestScans:
             (J.to(torch.complex64), end.to(torch.complex64), b.to(torch.complex64)),
             (J[..., :0, :0], end[..., :0], b[..., :0]),
         ):
-            with pytest.raises(ScanShapeError, match=r"found: J \[.*expected: J \[K, N, R, R\]") as raised:
+            with pytest.raises(ScanShapeError, match=r"(?s)found: J \[.*expected: J \[K, N, R, R\]") as raised:
                 op(*wrong)
             assert isinstance(raised.value, LBIError)
 
@@ -230,6 +235,7 @@ class TestMarkers:
                 assert torch.equal(torch.func.vmap(op, in_dims=(dim, None, None))(m, 5, 6), m.movedim(dim, 0))
             assert record.calls == [(op.__name__, 5, 6)]
 
+    @forward_mode
     def test_forward_mode(self, op):
         m = torch.randn(3)
         with forward_ad.dual_level():
@@ -251,7 +257,7 @@ def test_markers_stand_in_the_compiled_graphs():
     def keep(name):
         def compiler(graph, _):
             seen[name] = [node for node in graph.graph.nodes if "lbi" in str(node.target)]
-            return graph
+            return make_boxed_func(graph)
 
         return compiler
 
@@ -280,6 +286,7 @@ def test_marker_batched_gradients():
     torch.testing.assert_close(got, m.detach().cos().diag())
 
 
+@forward_mode
 def test_marker_under_functorch():
     def f(m):
         return (ops.boundary(m.sin(), 0, 0) ** 2).sum()
@@ -322,12 +329,12 @@ print(warning.message)
     ("break_triton", "said"),
     [
         ("sys.modules['triton'] = None", "import of triton halted"),
-        ("sys.path.insert(0, {folder!r})", "no driver today"),
+        ("sys.path.insert(0, {folder!r})", "libtriton.so: bad"),
     ],
     ids=["missing", "broken"],
 )
 def test_without_triton(tmp_path, break_triton, said):
-    (tmp_path / "triton.py").write_text("raise RuntimeError('no driver today')")
+    (tmp_path / "triton.py").write_text("raise ImportError('libtriton.so: bad')")
     script = WITHOUT_TRITON.format(break_triton=break_triton.format(folder=str(tmp_path)))
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, env=os.environ)

@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lbi_compile.plan import Decision
+from lbi_compile.render import tree
 from lbi_compile.render.report import ReportView, page
 from lbi_compile.render.text import bar, count, layers, plain, size
 from lbi_compile.render.tree import PlanView
+from lbi_compile.report import Check
 from tests import records
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,6 +41,22 @@ def test_inspect_view(width):
 @pytest.mark.parametrize("width", [80, 140])
 def test_report_page(width):
     check(f"report_{width}.txt", page(records.report(), width))
+
+
+def test_records_print_as_pages():
+    assert str(records.plan()) == tree.page(records.plan())
+    assert str(records.report()) == page(records.report())
+
+
+def test_brackets_and_colons_are_no_markup():
+    odd = "[bold]x[/bold] [s72, 64] :smile: [/]"
+    why = (Decision("interface", odd, odd),)
+    plan = dataclasses.replace(records.plan(), model=odd, interface=odd, inputs=((odd, (2,)),), dynamic=(odd,), why=why)
+    assert tree.page(plan, 200, why=True).count(odd) == 9
+    report = dataclasses.replace(
+        records.report(), worst=((odd, 0.0),), lanes=((odd, 1),), engine=odd, checks=(Check(odd, None, odd),)
+    )
+    assert page(report, 200).count(odd) == 5
 
 
 def test_reasons_are_left_out_unless_asked_for():

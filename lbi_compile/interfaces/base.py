@@ -51,6 +51,11 @@ class Interface(nn.Module):
         self.regions = regions
         self.r = r
 
+    @classmethod
+    def readouts_for(cls, r: int) -> tuple[str, ...]:
+        """``readouts`` of an interface of this class with latents of width ``r``."""
+        return cls.readouts
+
     @property
     def latents(self) -> range:
         """Indices k of the latents `m_k` that exist."""

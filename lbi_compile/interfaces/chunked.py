@@ -72,9 +72,7 @@ class ChunkedInterface(Interface):
     def __init__(self, draw: Draw, *, regions: int, width: int, r: int, chunks: int, chunk: int) -> None:
         super().__init__(regions=regions, r=r)
         self.chunks, self.chunk, self.chunk_width = chunks, chunk, r // chunks
-        if chunks == 1:
-            # Group 0 reads nothing and group 1 is pooled into nothing: what U_k adds leaves region k only by the sum.
-            self.readouts = ("sum",)
+        self.readouts = _readouts(chunks)
         hidden = 4 * r
         self.encode_canvas = Encoder(draw, width=width, hidden=hidden, r=self.chunk_width)
         self.decoders = nn.ModuleList(Decoder(draw, r=r, hidden=hidden, width=width) for _ in range(regions))
@@ -82,6 +80,10 @@ class ChunkedInterface(Interface):
             Encoder(draw, width=width, hidden=hidden, r=self.chunk_width) for _ in range(regions - 1)
         )
         self.gates = nn.ParameterList(draw.parameter(math.atanh(1 / math.sqrt(k + 2))) for k in range(regions - 1))
+
+    @classmethod
+    def readouts_for(cls, r: int) -> tuple[str, ...]:
+        return _readouts(chunk_count(r))
 
     def initial(self, canvas: Tensor) -> Tensor:
         means, filled = self._pool(canvas)
@@ -102,6 +104,7 @@ class ChunkedInterface(Interface):
         means, filled = self._pool(h)
         latent = m.unflatten(1, (self.chunks, self.chunk_width))
         latent = latent + self.gates[k].tanh() * self.encoders[k](means)
+        # CUDA's autocast lets the norm of a bfloat16 latent return float32.
         return _keep(self._norm(latent), filled).flatten(1).to(m.dtype)
 
     def latent_shape(self, canvas_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -133,6 +136,11 @@ class ChunkedInterface(Interface):
         blocks = rows[:, :-1, None].expand(-1, -1, self.chunk, -1).flatten(1, 2)  # [B, C * chunk, D]
         rest = rows[:, -1:].expand(-1, positions, -1)
         return torch.cat([blocks, rest], 1)[:, :positions]
+
+
+def _readouts(chunks: int) -> tuple[str, ...]:
+    """With one chunk, what `U_k` adds is pooled into nothing: it leaves its region by the sum only."""
+    return ("sum",) if chunks == 1 else ("sum", "last")
 
 
 def _keep(latent: Tensor, filled: Tensor) -> Tensor:

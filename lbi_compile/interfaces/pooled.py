@@ -33,7 +33,8 @@ class PooledLayers(Interface):
 
     def _step(self, k: int, latent: Tensor, value: Tensor) -> Tensor:
         """`norm(latent + tanh(g_k) * D_k(mean value))`, `[B, R]`."""
-        return self.norms[k](latent + self.gates[k].tanh() * self.encoders[k](_mean(value))).to(latent.dtype)
+        step = latent + self.gates[k].tanh() * self.encoders[k](_mean(value))
+        return self.norms[k](step).to(latent.dtype)  # CUDA's autocast lets a norm of bfloat16 return float32.
 
 
 class PooledInterface(PooledLayers):

@@ -47,7 +47,7 @@ class GRUCell(nn.Module):
         m_keep, m_reset, m_new = self.latent(m).chunk(3, -1)
         keep = torch.sigmoid(z_keep + m_keep)
         new = torch.tanh(z_new + torch.sigmoid(z_reset + m_reset) * m_new)
-        return (keep * m + (1 - keep) * new).to(m.dtype)
+        return keep * m + (1 - keep) * new
 
 
 class LinearCell(nn.Module):
@@ -60,7 +60,7 @@ class LinearCell(nn.Module):
         self.A = draw.parameter(keep * torch.linalg.matrix_exp(turn - turn.T))
 
     def forward(self, z: Tensor, m: Tensor) -> Tensor:
-        return (F.linear(m, self.A) + z).to(m.dtype)
+        return F.linear(m, self.A) + z
 
 
 class TokenLayers(Interface):

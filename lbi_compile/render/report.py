@@ -72,7 +72,7 @@ def _checks(checks: tuple[Check, ...]) -> Table:
     table.add_column(overflow="fold")
     for check in checks:
         word, style = _WORDS[check.ok]
-        table.add_row(Text(f"  {word:<6}", style=style), check.name, check.detail)
+        table.add_row(Text(f"  {word:<6}", style=style), Text(check.name), Text(check.detail))
     return table
 
 
@@ -82,7 +82,7 @@ def _norms(report: Report, *, ascii_only: bool) -> Table:
     table.add_row(
         *(Text(head, style="dim") for head in ("   k", f"{'J_k':>9}", f"{'product from the last on':<{_BAR + 11}}"))
     )
-    pairs = zip(report.jacobian_norms, report.product_norms, strict=True)
+    pairs = zip(report.jacobian_norms, reversed(report.product_norms), strict=True)
     for k, (norm, product) in enumerate(pairs, start=report.first_boundary):
         drawn = bar(product / top, _BAR, ascii_only=ascii_only)
         table.add_row(f"{k:>4}", f"{norm:9.3g}", Text.assemble(f"{product:9.3g}  ", (drawn, "cyan")))

@@ -92,20 +92,25 @@ def facts(rows: Iterable[tuple[str, RenderableType]], *, indent: int = 2) -> Tab
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(Text(" " * indent + name, style="dim"), value)
+        table.add_row(Text(" " * indent + name, style="dim"), verbatim(value))
     return table
+
+
+def verbatim(value: RenderableType) -> RenderableType:
+    """Keep rich from reading markup and emoji codes into a string, such as the brackets of a shape."""
+    return Text(value) if isinstance(value, str) else value
 
 
 def drawn(renderable: RenderableType, console: Console) -> str:
     """What ``console`` would print, without the blanks rich pads lines with."""
     with console.capture() as capture:
-        console.print(renderable)
+        console.print(verbatim(renderable))
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def show(renderable: RenderableType) -> None:
     """Print to standard output: colour on a terminal only; ``NO_COLOR`` and ``COLUMNS`` count."""
-    print(drawn(renderable, Console(highlight=False)))
+    print(drawn(renderable, Console(highlight=False)), flush=True)  # whoever reads a pipe wants it now
 
 
 def plain(renderable: RenderableType, width: int | None = None) -> str:

@@ -10,12 +10,21 @@ from rich.tree import Tree
 
 from lbi_compile.plan import Decision, Part, Plan, RegionPlan
 
-from .text import bar, count, facts, layers, shape, size
+from .text import bar, count, facts, layers, plain, shape, size
 
 _HEADS = ("nodes", "params", "FLOPs", "share")
 _WIDTHS = (6, 8, 8, 7)
 _NAME = len("region 00")
 _GUIDE = 4
+
+
+def page(plan: Plan, width: int | None = None, *, why: bool = False) -> str:
+    """The plan as plain text, ``width`` columns wide; by default as wide as the terminal, or 80 where there is none.
+
+    Example:
+        >>> print(page(bounded.plan, width=80))  # doctest: +SKIP
+    """
+    return plain(PlanView(plan, why=why), width)
 
 
 class PlanView:
@@ -25,10 +34,6 @@ class PlanView:
         plan: The plan.
         engine: What solves the adjoints, and why; left out where nothing was transformed.
         why: Print every decision with its reason, and the passes that ran, below the tree.
-
-    Example:
-        >>> from rich import print
-        >>> print(PlanView(bounded.plan))  # doctest: +SKIP
     """
 
     def __init__(self, plan: Plan, *, engine: str | None = None, why: bool = False) -> None:
