@@ -50,6 +50,7 @@ __all__ = [
     "announce_backend",
     "aot_autograd",
     "below_autograd",
+    "boxed",
     "compile_with_inductor",
     "compiling",
     "core_aten_decompositions",
@@ -168,7 +169,7 @@ def no_new_guards(fake_mode: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent_export() -> Iterator[None]:
-    """``torch.export`` logs, and prints to stderr, whole graphs and tracebacks of what it then raises as an exception too.
+    """``torch.export`` logs, and prints to stderr, whole graphs and tracebacks of what it then raises as an error too.
 
     What the model itself prints to stderr is passed on, unless the export fails.
     """
@@ -230,11 +231,23 @@ def compiling() -> Iterator[None]:
 
 
 def forget_donations() -> None:
-    """With ``donated_buffer=False`` AOTAutograd leaves ``None`` here, which its run-time check takes for donations."""
+    """With ``donated_buffer=False`` AOTAutograd leaves ``None`` here, which its run-time check takes for donations.
+
+    Call it where the backward is compiled: earlier the metadata is another object.
+    """
     context = TracingContext.try_get()
     metadata = None if context is None else context.fw_metadata
     if metadata is not None:
         metadata.bw_donated_idxs = []
+
+
+def boxed(graph: fx.GraphModule) -> Callable[[list[Any]], Any]:
+    """The graph as a function that empties its list of inputs, so that saved tensors die where they are used last."""
+    from torch.fx.graph import _BoxedCodeGen
+
+    graph.graph.set_codegen(_BoxedCodeGen())
+    graph.recompile()
+    return graph.forward
 
 
 def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
@@ -288,6 +301,10 @@ def graph_pass(run: Callable[[fx.Graph], None], files: tuple[str, ...]) -> Any:
 
 def compile_with_inductor(gm: fx.GraphModule, example_inputs: Any, options: dict[str, Any]) -> Any:
     """Inductor with ``options`` over its global configuration, which stays untouched."""
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    return compile_fx(gm, example_inputs, config_patches=options)
+    def compile_part(*args: Any, **kwargs: Any) -> Any:
+        forget_donations()
+        return compile_fx_inner(*args, **kwargs)
+
+    return compile_fx(gm, example_inputs, inner_compile=compile_part, config_patches=options)

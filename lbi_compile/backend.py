@@ -9,7 +9,7 @@ from torch import fx
 
 from lbi_compile import _torch
 from lbi_compile.errors import OptionError
-from lbi_compile.passes import batch_cotangents, jacobian_slices
+from lbi_compile.passes import batch_cotangents, jacobian_slices, linearity
 from lbi_compile.passes import scan_backward as scan_backward_file
 from lbi_compile.passes.scan_backward import ScanRecord, erase_markers, scan_backward
 
@@ -41,14 +41,12 @@ def eager_backend(record: ScanRecord) -> Callable[..., Any]:
         this = ScanRecord()
 
         def boxed(graph: fx.GraphModule, *, forward: bool) -> Callable[..., Any]:
-            run = graph.forward
+            run = _torch.boxed(graph)
 
             def call(args: list[Any]) -> Any:
                 if forward:
                     record.become(this)
-                inputs = list(args)
-                args.clear()
-                return run(*inputs)
+                return run(args)
 
             call._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
             return call
@@ -58,11 +56,14 @@ def eager_backend(record: ScanRecord) -> Callable[..., Any]:
                 scan_backward(joint, record=this)
             finally:
                 record.become(this)
-            _torch.forget_donations()
             forward, backward = _torch.default_partition(joint, inputs, **options)
             this.forward_nodes, this.backward_nodes = len(forward.graph.nodes), len(backward.graph.nodes)
             record.become(this)
             return forward, backward
+
+        def compile_backward(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+            _torch.forget_donations()
+            return boxed(graph, forward=False)
 
         def compile_inference(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
             scan_backward(graph, record=this)
@@ -73,7 +74,7 @@ def eager_backend(record: ScanRecord) -> Callable[..., Any]:
         with _torch.compiling():
             return _torch.aot_autograd(
                 fw_compiler=lambda graph, _: boxed(graph, forward=True),
-                bw_compiler=lambda graph, _: boxed(graph, forward=False),
+                bw_compiler=compile_backward,
                 inference_compiler=compile_inference,
                 partition_fn=partition,
                 keep_inference_input_mutations=True,
@@ -98,12 +99,12 @@ def _rewrite(graph: fx.Graph) -> None:
     assert joint is not None
     _Last.record = ScanRecord()
     scan_backward(joint, record=_Last.record, decompositions=_torch.inductor_decompositions())
-    _torch.forget_donations()
 
 
-def _sources() -> tuple[str, ...]:
+def rewrite_sources() -> tuple[str, ...]:
     """Files on which the rewrite depends; Inductor's caches must miss when one of them changes."""
-    return tuple(str(module.__file__) for module in (batch_cotangents, jacobian_slices, scan_backward_file, _torch))
+    modules = (batch_cotangents, jacobian_slices, linearity, scan_backward_file, _torch)
+    return tuple(str(module.__file__) for module in modules)
 
 
 def lbi(
@@ -134,7 +135,7 @@ def lbi(
             expected="that place free for the rewrite of the backward",
             do="use joint_custom_post_pass for your own pass, or compile with another backend (exact, as a chain)",
         )
-    config["joint_custom_pre_pass"] = _torch.graph_pass(_rewrite, _sources())
+    config["joint_custom_pre_pass"] = _torch.graph_pass(_rewrite, rewrite_sources())
     with _torch.compiling():
         return _torch.compile_with_inductor(gm, example_inputs, config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,8 +15,16 @@ from torch import Tensor, nn
 from . import engines
 from ._torch import fresh_code, mark_dynamic, pytree
 from .backend import eager_backend
-from .capture import Inputs, bind, signature
-from .errors import DoubleBackwardError, LBIError, NotBuiltError, ShapeNotCapturedError, StaleCaptureError
+from .capture import Inputs, bind, describe_inputs, signature
+from .errors import (
+    BatchCouplingError,
+    DoubleBackwardError,
+    LBIError,
+    NotBuiltError,
+    PlanError,
+    ShapeNotCapturedError,
+    StaleCaptureError,
+)
 from .interfaces import Interface
 from .kernels import ops
 from .passes.insert import OutputName, Program, RegionPieces
@@ -82,11 +91,11 @@ class Region(nn.Module):
         a = values[pieces.anchor]
         z = interface.encode(k, a)
         if interface.splits:
-            h = interface.inject(k, a, z, m)
+            # without nodes of the model's own the finish is the interface's, and what it gives is the region's end
+            values[pieces.joint if pieces.finish else pieces.end] = interface.inject(k, a, z, m)
             if pieces.finish is not None:
-                values[pieces.joint] = h
                 pieces.finish.run(values)
-                h = values[pieces.end]
+            h = values[pieces.end]
         else:
             h = a
         return interface.leave(k, m=m, h=h, z=z), h, x
@@ -206,10 +215,13 @@ class BoundedModule(nn.Module):
         inputs = bind(self._form, args, kwargs)
         leaves = inputs.leaves
         if torch.compiler.is_compiling():
-            program = self._programs.get(self._key(inputs))
+            key = self._key(inputs)
+            program = self._programs.get(key)
             if program is None:
                 raise RuntimeError("call the bounded model once in this mode with such inputs before compiling it")
-            return _assemble(program, *self._run(program, leaves, marked=not torch.compiler.is_exporting(), taps=taps))
+            # without markers a backend has nothing to rewrite and gives the plain, exact backward
+            marked = not torch.compiler.is_exporting() and self._checks[key].coupled is None
+            return _assemble(program, *self._run(program, leaves, marked=marked, taps=taps))
         program = self._program(inputs)
         return _assemble(program, *self._solve(program, leaves, taps))
 
@@ -220,6 +232,7 @@ class BoundedModule(nn.Module):
         boundaries = self._boundaries()
         engine = engines.choose(self._request, boundaries=boundaries)
         if engine.name == engines.SCAN and boundaries >= 2:
+            self._checks_of(program).raise_if_coupled(engines.SCAN)
             return self._scan(program, leaves, taps, engine)
         out = self._run(program, leaves, marked=engine.name == engines.CHAIN, taps=taps)
         self._engine = engine
@@ -229,7 +242,6 @@ class BoundedModule(nn.Module):
         key = (id(program), taps)
         if key not in self._compiled:
             record = ScanRecord()
-
 
             def scanned(module: BoundedModule, leaves: list[Any]) -> Any:
                 return module._run(program, leaves, marked=True, taps=taps)
@@ -312,14 +324,28 @@ class BoundedModule(nn.Module):
         if key not in self._programs or self._checks[key].modes != self._modes():
             from .transform import build_program
 
-            self._remember(inputs, *build_program(self, inputs))
+            try:
+                made = build_program(self, inputs)
+            except PlanError as error:
+                self._raise_if_other_rank(inputs, error)
+                raise
+            self._remember(inputs, *made)
         self._checks[key](inputs)
         return self._programs[key]
 
     def _remember(self, inputs: Inputs, program: Program, check: ShapeCheck) -> None:
         check.modes = self._modes()
         self._programs[self._key(inputs)], self._checks[self._key(inputs)] = program, check
-        self._seen = self._seen or _fingerprint(self.source)
+        self._seen = self._seen or _fingerprint(self)
+
+    def _raise_if_other_rank(self, inputs: Inputs, error: PlanError) -> None:
+        if self._checks and not any(check.same_ranks(inputs) for check in self._checks.values()):
+            known = " or ".join(dict.fromkeys(map(str, self._checks.values())))
+            raise ShapeNotCapturedError(
+                f"inputs {describe_inputs(inputs)}, under which the model has other values at its boundaries",
+                expected=f"inputs with as many axes as those captured: {known}",
+                do="give such inputs, or transform again with example inputs of this shape",
+            ) from error
 
     def _checks_of(self, program: Program) -> ShapeCheck:
         return next(self._checks[key] for key, known in self._programs.items() if known is program)
@@ -329,7 +355,7 @@ class BoundedModule(nn.Module):
         return tuple(child.training for child in self.source.modules() if child is not self.source)
 
     def _raise_if_stale(self) -> None:
-        seen = _fingerprint(self.source)
+        seen = _fingerprint(self)
         if self._seen and seen != self._seen:
             changed = sorted({a[0] for a, b in itertools.zip_longest(seen, self._seen, fillvalue=("?",)) if a != b})
             raise StaleCaptureError(
@@ -366,6 +392,13 @@ class _Unbuilt(nn.Module):
         super().__init__()
         self.register_parameter("unbuilt", _UnbuiltParameter())
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        raise _not_built("interface parameters to save")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        if any(key.startswith(prefix) for key in state_dict):
+            raise _not_built("interface parameters to load into")
+
 
 class _UnbuiltParameter(nn.UninitializedParameter):
     @property
@@ -382,26 +415,21 @@ def _not_built(what: str) -> NotBuiltError:
     )
 
 
-class _RefuseDoubleBackward(torch.autograd.Function):
-    """Identity whose backward refuses to be recorded: the scan backward is compiled for first derivatives."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():
-            raise DoubleBackwardError(
-                "create_graph=True through the scan backward",
-                expected="first derivatives only",
-                do='use bounded.with_engine("autograd") for gradients of gradients',
-            )
-        return grad
+def _refuse_double_backward(grad: Tensor) -> None:
+    """Hook on the outputs of the scan, whose backward is compiled for first derivatives."""
+    if torch.is_grad_enabled():
+        raise DoubleBackwardError(
+            "create_graph=True through the scan backward",
+            expected="first derivatives only",
+            do='use bounded.with_engine("autograd") for gradients of gradients',
+        )
 
 
 def _once(value: Any) -> Any:
-    return _RefuseDoubleBackward.apply(value) if isinstance(value, Tensor) and value.requires_grad else value
+    # a leaf here is a parameter the model returns, which belongs to others too
+    if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
+        value.register_hook(_refuse_double_backward)
+    return value
 
 
 def _assemble(program: Program, flat: list[Any], hs: tuple[Any, ...], ms: tuple[Any, ...]) -> Any:
@@ -417,13 +445,22 @@ def _signature(value: Any) -> Any:
         return ("map", tuple((key, _signature(value[key])) for key in value))
     if isinstance(value, (tuple, list)):
         return ("row", tuple(_signature(item) for item in value))
-    return value
+    return (type(value), value)  # 1, 1.0 and True are equal, and not the same constant
 
 
-def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
+def _fingerprint(bounded: BoundedModule) -> tuple[Any, ...]:
+    """Every submodule by name with its hooks; those of the bounded model too, which has a list of its own."""
+    own = [(name, child) for name, child in bounded.named_children() if name != "lbi"]
     return tuple(
-        (name, id(module), len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
-        for name, module in model.named_modules()
+        (
+            name,
+            id(module),
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            len(module._backward_hooks),
+            len(module._backward_pre_hooks),
+        )
+        for name, module in (*bounded.source.named_modules(), *own)
     )
 
 
@@ -432,18 +469,39 @@ def _placement(model: nn.Module) -> set[Any]:
 
 
 class ShapeCheck:
-    """Compares a call's shapes with those a program was captured for.
+    """Compares a call with what a program was captured for.
 
     Args:
         inputs: For each input leaf its name and captured sizes (an ``int`` is fixed, a name may vary), or ``None``.
+        coupled: Why samples mix where the scan needs them apart; ``None`` where they do not.
 
     Attributes:
         modes: Training flag of every submodule at capture.
     """
 
-    def __init__(self, inputs: list[tuple[str, tuple[int | str, ...]] | None]) -> None:
+    def __init__(
+        self, inputs: list[tuple[str, tuple[int | str, ...]] | None], coupled: BatchCouplingError | None
+    ) -> None:
         self.inputs = inputs
+        self.coupled = coupled
         self.modes: tuple[bool, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} [{', '.join(map(str, sizes))}]" for name, sizes in filter(None, self.inputs))
+
+    def same_ranks(self, inputs: Inputs) -> bool:
+        """The inputs are as many, and have as many axes, as those captured."""
+        ranks = [leaf.dim() if isinstance(leaf, Tensor) else None for leaf in inputs.leaves]
+        return ranks == [None if wanted is None else len(wanted[1]) for wanted in self.inputs]
+
+    def raise_if_coupled(self, engine: str) -> None:
+        """Refuse the scan where samples mix.
+
+        Raises:
+            BatchCouplingError: They do.
+        """
+        if engine == engines.SCAN and self.coupled is not None:
+            raise copy.copy(self.coupled)  # an error that is raised holds on to the frames it passed
 
     def with_marked_sizes(self, leaves: list[Any]) -> list[Any]:
         """The leaves, as other tensors on the same memory, with the sizes that may vary marked for Dynamo.

@@ -95,7 +95,9 @@ def bind(form: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> I
     twice = [name for name in named if name in kwargs]
     if twice:
         raise ExampleInputsError(
-            f"the argument {twice[0]} by position and by name", expected="each argument once", do="leave one of them out"
+            f"the argument {twice[0]} by position and by name",
+            expected="each argument once",
+            do="leave one of them out",
         )
     merged = {**named, **kwargs}
     given = [name for name in merged if merged[name] is not None or name not in form.optional]
@@ -170,7 +172,7 @@ def capture(model: nn.Module, inputs: Inputs, *, ladder: tuple[tuple[str, ...], 
             expected="a torch.nn.Module",
             do="wrap the function in a module whose forward calls it",
         )
-    inputs = _at_least_two(inputs)
+    inputs = _distinct(_at_least_two(inputs))
     refused: list[tuple[str, str]] = []
     first: BaseException | None = None
     tried: list[Any] = []
@@ -198,17 +200,25 @@ def capture(model: nn.Module, inputs: Inputs, *, ladder: tuple[tuple[str, ...], 
     raise _why_not(model, inputs, first) from first
 
 
-def _why_not(model: nn.Module, inputs: Inputs, error: BaseException) -> CaptureError | ExampleInputsError:
-    """Tell inputs the model cannot run on from a model the exporter cannot read."""
+def raise_if_unfit(model: nn.Module, inputs: Inputs) -> None:
+    """Run the model itself, to tell inputs it cannot run on from a fault of ours.
+
+    Raises:
+        ExampleInputsError: The model fails on these inputs.
+    """
     try:
         with undisturbed(model), torch.no_grad():
             model(*inputs.args, **inputs.kwargs)
     except Exception as own:
-        return ExampleInputsError(
-            f"{type(model).__name__} fails on the example inputs {_describe(inputs)}: {_line(own)}",
+        raise ExampleInputsError(
+            f"{type(model).__name__} fails on the example inputs {describe_inputs(inputs)}: {_line(own)}",
             expected="inputs that the model itself runs on",
             do="call model(...) with them first; pass keyword arguments as a dict",
-        )
+        ) from own
+
+
+def _why_not(model: nn.Module, inputs: Inputs, error: BaseException) -> CaptureError:
+    raise_if_unfit(model, inputs)
     return CaptureError(
         f"torch.export cannot capture {type(model).__name__}: {_line(error)}",
         expected="a forward that torch.export.export(model, args, strict=False) can read",
@@ -249,7 +259,9 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def _describe(inputs: Inputs) -> str:
+def describe_inputs(inputs: Inputs) -> str:
+    """Types and shapes of a call's inputs, for messages."""
+
     def one(value: Any) -> str:
         return f"{value.dtype}{list(value.shape)}".removeprefix("torch.") if isinstance(value, Tensor) else repr(value)
 
@@ -270,6 +282,20 @@ def _at_least_two(inputs: Inputs) -> Inputs:
         return doubled.requires_grad_(leaf.requires_grad)
 
     args, kwargs = pytree.tree_map(twice, (inputs.args, inputs.kwargs))
+    return Inputs(args, kwargs)
+
+
+def _distinct(inputs: Inputs) -> Inputs:
+    """A tensor given for two arguments as two tensors: the exporter would take the two arguments for one."""
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or id(leaf) not in seen:
+            seen.add(id(leaf))
+            return leaf
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+
+    args, kwargs = pytree.tree_map(own, (inputs.args, inputs.kwargs))
     return Inputs(args, kwargs)
 
 
@@ -295,7 +321,7 @@ def _dynamic_shapes(model: nn.Module, inputs: Inputs, rung: tuple[str, ...]) -> 
         bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
     except TypeError:
         return None  # the model cannot be called so, which its own error says better
-    return pytree.tree_map(one, dict(bound.arguments))
+    return pytree.tree_map(one, dict(bound.arguments)) if rung else None
 
 
 def _really_dynamic(module: fx.GraphModule, inputs: Inputs, rung: tuple[str, ...]) -> tuple[str, ...]:
@@ -309,7 +335,7 @@ def _really_dynamic(module: fx.GraphModule, inputs: Inputs, rung: tuple[str, ...
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Caching, autocast, no_grad and inference mode off while inside; the model and the random state as before afterwards.
+    """Caching, autocast, no_grad and inference mode off while inside; model and random state as before afterwards.
 
     A capture is used under other conditions than those of the call that happened to need it first.
     """
@@ -318,9 +344,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         if getattr(config, "use_cache", None):
             caches.append((config, config.use_cache))
             config.use_cache = False
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
-    modes = [(module, module.training) for module in model.modules()]
+    # modes, and values that a forward keeps on its modules: those of the exporter are of no use to anybody
+    attributes = [(known, dict(known)) for module in model.modules() for known in (vars(module), module._buffers)]
     kinds = {tensor.device.type for tensor in itertools.chain(model.parameters(), model.buffers())} & {"cpu", "cuda"}
     try:
         with contextlib.ExitStack() as stack:
@@ -333,13 +360,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for config, value in caches:
             config.use_cache = value
-        for module, training in modes:
-            module.training = training
-        current = dict(model.named_buffers())
+        for known, before in attributes:
+            for name in [name for name in known if name not in before]:
+                del known[name]
+            known.update(before)
         with torch.no_grad():
-            for name, value in buffers.items():
-                if not torch.equal(current[name], value):
-                    current[name].copy_(value)
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -11,16 +11,17 @@ from torch import Tensor, fx, nn
 from . import engines
 from .analysis import Analysis, analyse, locate
 from .bounded import BoundedModule, Options, Region, ShapeCheck
-from .capture import Capture, Inputs, as_inputs, capture, default_inputs
+from .capture import Capture, Inputs, as_inputs, capture, default_inputs, raise_if_unfit, undisturbed
 from .errors import (
     BatchCouplingError,
     InterfaceError,
     LatentWidthError,
+    LBIError,
     NotAModuleError,
     OptionError,
     RegionsError,
 )
-from .interfaces import KINDS, Interface, build_interface
+from .interfaces import CELLS, KINDS, Interface, build_interface
 from .passes.axes import coupling_error
 from .passes.insert import Owner, Program, insert
 from .passes.validate import refuse_leak
@@ -140,19 +141,31 @@ def _options(
         raise LatentWidthError(f"r={r!r}", expected="a positive whole number", do="pass r=1 or more, for example r=16")
     if interface != "auto" and interface not in KINDS:
         raise InterfaceError(f"interface={interface!r}", expected=f"auto or one of {', '.join(KINDS)}", do="name one")
-    return Options(
-        regions, r, interface, cell, readout, engines.check_request(backward), allow_leak, seed
-    )
+    if cell != "auto" and cell not in CELLS:
+        raise OptionError(f"cell={cell!r}", expected=f"auto or one of {', '.join(CELLS)}", do="name one")
+    return Options(regions, r, interface, cell, readout, engines.check_request(backward), allow_leak, seed)
 
 
 def build(bounded: BoundedModule, inputs: Inputs) -> None:
     """Capture, analyse, make the interface and the first program, and check them; all or nothing."""
+    try:
+        with undisturbed(bounded.source):
+            _build(bounded, inputs)
+    except LBIError:
+        raise
+    except Exception:
+        raise_if_unfit(bounded.source, inputs)
+        raise
+
+
+def _build(bounded: BoundedModule, inputs: Inputs) -> None:
     model, options = bounded.source, bounded._options
     found = captured(bounded, inputs)
     analysis = analyse(model, found, options)
     program = _insert(bounded, analysis)
     interface = _interface(bounded, analysis, program)
-    _refuse_coupling(analysis, options.backward, interface)
+    check = _check(analysis, interface)
+    check.raise_if_coupled(options.backward)
     regions = tuple(Region(k, interface) for k in range(len(analysis.plan.regions)))
     before = (bounded._plan, bounded._regions, bounded._modules["lbi"])
     bounded._plan, bounded._regions = analysis.plan, regions
@@ -162,15 +175,16 @@ def build(bounded: BoundedModule, inputs: Inputs) -> None:
     except BaseException:
         bounded._plan, bounded._regions, bounded._modules["lbi"] = before
         raise
-    bounded._remember(inputs, program, _check(found.graph_module))
+    bounded._remember(inputs, program, check)
 
 
 def build_program(bounded: BoundedModule, inputs: Inputs) -> tuple[Program, ShapeCheck]:
     """Capture the model in its present mode for other inputs, and cut it at the places the plan names."""
-    found = captured(bounded, inputs)
-    analysis = locate(bounded.source, found, bounded.plan)
-    _refuse_coupling(analysis, bounded.backward, bounded._modules["lbi"])
-    return _insert(bounded, analysis), _check(found.graph_module)
+    with undisturbed(bounded.source):
+        analysis = locate(bounded.source, captured(bounded, inputs), bounded.plan)
+        check = _check(analysis, bounded._modules["lbi"])
+        check.raise_if_coupled(bounded.backward)
+        return _insert(bounded, analysis), check
 
 
 def captured(bounded: BoundedModule, inputs: Inputs) -> Capture:
@@ -264,20 +278,22 @@ def _interface(bounded: BoundedModule, analysis: Analysis, program: Program) -> 
     )
 
 
-def _refuse_coupling(analysis: Analysis, backward: str, interface: nn.Module) -> None:
-    """Per-sample Jacobians do not exist where a region mixes samples; only an explicit ``scan`` insists on them."""
-    if backward != engines.SCAN or not interface.latents or getattr(interface, "splits", False):
-        return  # the token interface's Jacobians are those of its cells, which never mix samples
-    for k in range(len(analysis.ends)):
+def _coupling(analysis: Analysis, interface: nn.Module) -> BatchCouplingError | None:
+    """Why the scan cannot run: per-sample Jacobians do not exist where a region between two latents mixes samples."""
+    if getattr(interface, "splits", False):
+        return None  # the token interface's Jacobians are those of its cells, which never mix samples
+    for k in interface.latents[:-1]:
         verdict = analysis.coupling(k)
-        if verdict.kind != "position-wise":
-            if verdict.node is not None:
-                raise coupling_error(verdict.node)
-            raise BatchCouplingError(
-                f"region {k} mixes samples ({verdict.why})",
-                expected="regions in which every sample is computed by itself",
-                do='use backward="chain", which needs no independence',
-            )
+        if verdict.kind == "position-wise":
+            continue
+        if verdict.node is not None:
+            return coupling_error(verdict.node)
+        return BatchCouplingError(
+            f"region {k} mixes samples ({verdict.why})",
+            expected="regions in which every sample is computed by itself",
+            do='use backward="chain", which needs no independence',
+        )
+    return None
 
 
 def _measure_leak(bounded: BoundedModule, analysis: Analysis, program: Program) -> None:
@@ -289,14 +305,17 @@ def _measure_leak(bounded: BoundedModule, analysis: Analysis, program: Program) 
         refuse_leak(interface=analysis.plan.interface, model=model, bounded=measured)
 
 
-def _check(gm: fx.GraphModule) -> ShapeCheck:
+def _check(analysis: Analysis, interface: nn.Module) -> ShapeCheck:
     wanted: list[tuple[str, tuple[int | str, ...]] | None] = []
-    for node in gm.graph.find_nodes(op="placeholder"):
+    names: dict[str, str] = {}
+    for node in analysis.capture.graph_module.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
-        wanted.append(
-            (str(node.target), tuple(s if isinstance(s, int) else str(s) for s in value.shape))
-            if isinstance(value, Tensor)
-            else None
-        )
-    return ShapeCheck(wanted)
-
+        if not isinstance(value, Tensor):
+            wanted.append(None)
+            continue
+        for size, name in zip(value.shape, ("B", "T"), strict=False):
+            if isinstance(size, torch.SymInt):
+                names.setdefault(str(size), name)
+        sizes = tuple(size if isinstance(size, int) else names.get(str(size), str(size)) for size in value.shape)
+        wanted.append((str(node.target), sizes))
+    return ShapeCheck(wanted, _coupling(analysis, interface))

@@ -1,17 +1,19 @@
 """Run a part of a captured graph on real numbers, for passes that measure what they cannot prove.
 
-Contract: buffers, random state and gradients of the model are afterwards as before.
+Contract: inputs, buffers, random state and gradients of the model are afterwards as before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from lbi_compile.passes.liveness import LIVE, Liveness
+from lbi_compile.passes.liveness import LIVE, Liveness, is_mutating
 
 
 class Evaluator:
@@ -21,7 +23,7 @@ class Evaluator:
         gm: Captured graph.
         live: Its liveness.
         leaves: Input leaves to run on.
-        seed: Seed of the random operators; a rerun draws what a run from there would draw.
+        seed: Seed of the random operators; every run of one part draws the same numbers.
     """
 
     def __init__(self, gm: fx.GraphModule, live: Liveness, leaves: Sequence[Any], *, seed: int = 0) -> None:
@@ -32,11 +34,8 @@ class Evaluator:
     def values(self) -> dict[fx.Node, Any]:
         """Value of every node, without gradient."""
         if self._values is None:
-            run = _Keep(self.gm)
-            with torch.no_grad(), torch.random.fork_rng():
-                torch.manual_seed(self.seed)
-                run.run(*self.leaves, enable_io_processing=False)
-            self._values = run.kept
+            with self._draws():
+                self._values = self._until(None)
         return self._values
 
     def function(self, source: fx.Node, sink: fx.Node) -> Callable[[Tensor], Tensor]:
@@ -48,22 +47,55 @@ class Evaluator:
             if position[source] < position[node] <= position[sink] and self.live.kind.get(node) == LIVE
         ]
 
+        # nodes that write to memory need it as it was at the source, and would spoil the values that are kept
+        writes = any(is_mutating(node) for node in between)
+
         def run(value: Tensor) -> Tensor:
-            interpreter = _Keep(self.gm)
-            interpreter.env = {**self.values, source: value}
-            for node in between:
-                interpreter.env[node] = interpreter.run_node(node)
+            interpreter = _OnCopies(self.gm)
+            with self._draws() as rewind:
+                before = self._until(source) if writes else self.values
+                interpreter.env = {**before, source: value}
+                rewind()
+                for node in between:
+                    interpreter.env[node] = interpreter.run_node(node)
             return interpreter.env[sink]
 
         return run
 
+    def _until(self, last: fx.Node | None) -> dict[fx.Node, Any]:
+        """Values of all nodes up to ``last``, computed on copies of inputs and buffers."""
+        run = _OnCopies(self.gm)
+        leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        run.env = dict(zip(self.gm.graph.find_nodes(op="placeholder"), leaves, strict=True))
+        with torch.no_grad():
+            for node in self.gm.graph.nodes:
+                if node.op not in ("placeholder", "output"):
+                    run.env[node] = run.run_node(node)
+                if node is last:
+                    break
+        return run.env
 
-class _Keep(fx.Interpreter):
-    """Interpreter that keeps every value and runs on copies of the buffers."""
+    @contextlib.contextmanager
+    def _draws(self) -> Iterator[Callable[[], None]]:
+        """Gives a function that starts the random numbers anew; afterwards the generators are as they were."""
+        tensors = itertools.chain(self.gm.parameters(), (leaf for leaf in self.leaves if isinstance(leaf, Tensor)))
+        devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
+
+        def rewind() -> None:
+            # not torch.manual_seed, which would change the generators of all other devices too
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
+                generator.manual_seed(self.seed)
+
+        with torch.random.fork_rng(devices=devices):
+            rewind()
+            yield rewind
+
+
+class _OnCopies(fx.Interpreter):
+    """Interpreter that runs on copies of the buffers."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm, garbage_collect_values=False)
-        self.kept: dict[fx.Node, Any] = {}
         self._copies: dict[str, Any] = {}
 
     def fetch_attr(self, target: str) -> Any:
@@ -75,7 +107,3 @@ class _Keep(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         return None  # the exporter's guard module checks shapes; it computes nothing
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.kept[n] = super().run_node(n)
-        return self.kept[n]

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from lbi_compile.errors import NoSeparatorError
-from lbi_compile.passes.liveness import LIVE, NUMBER, PARAMETER_ONLY, Liveness
+from lbi_compile.passes.liveness import LIVE, NUMBER, PARAMETER_ONLY, Liveness, is_mutating, is_random
 
 # where a parameter lives: its module and its name there, so that it is fetched anew at every call
 Owner = tuple[Any, str]
@@ -136,7 +136,8 @@ def insert(
         NoSeparatorError: Another live value crosses one of the cuts.
     """
     position = {node: i for i, node in enumerate(live.live)}
-    entry = {0: "canvas"}
+    # a finish that begins where the region ends has no nodes: it is the interface's own
+    finishes = [None if finish is end else finish for finish, end in zip(finishes, ends, strict=True)]
     cuts = [position.get(canvas, -1)]  # a canvas that is a model input lies before every live node
     labels = ["stem"]
     for k, (finish, end) in enumerate(zip(finishes, ends, strict=True)):
@@ -149,7 +150,6 @@ def insert(
         else:
             cuts.append(position[end])
             labels.append(f"region {k} body")
-        entry[k] = f"entry {k}"
     labels.append("head")
 
     where = _assign(gm, live, cuts, labels)
@@ -160,11 +160,12 @@ def insert(
     prologue = build.piece("prologue", {})
     stem = build.piece("stem", {})
     for k, (finish, end) in enumerate(zip(finishes, ends, strict=True)):
-        body = build.piece(f"region {k} body", {lane: entry[k]})
+        entry = f"entry {k}"
+        body = build.piece(f"region {k} body", {lane: entry})
         joint = f"joint {k}"
         after = build.piece(f"region {k} finish", {finish: joint}) if finish is not None else None
-        anchor = entry[k] if finish is lane else (finish or end).name
-        regions.append(RegionPieces(body, after, entry[k], anchor, joint, end.name))
+        anchor = entry if finish is lane else (finish or end).name
+        regions.append(RegionPieces(body, after, entry, anchor, joint, end.name))
         lane = end
     head = build.piece("head", {lane: "head"}, also=[node for node in outputs if node not in where])
     build.check([canvas, *ends], finishes)
@@ -230,12 +231,13 @@ class _Builder:
         """Build one piece; ``gaps`` renames the values that enter by another way than the graph says."""
         own = {node for node, at in self.where.items() if at == label}
         body = self._closure(own, also)
-        reads = dict.fromkeys(a for node in [*body, *also] for a in node.all_input_nodes if a not in body)
-        reads.update(dict.fromkeys(node for node in also if node not in body))
+        inside = set(body)
+        reads = dict.fromkeys(a for node in body for a in node.all_input_nodes if a not in inside)
+        reads.update(dict.fromkeys(node for node in also if node not in inside))
         attributes = [node for node in reads if node.op == "get_attr" and not self._is_module(node)]
         modules = [node for node in reads if node.op == "get_attr" and self._is_module(node)]
         inputs = [node for node in reads if node.op != "get_attr"]
-        wanted = [n for n in body if n in own and (n in self.returned or self._read_elsewhere(n, body))]
+        wanted = [n for n in body if n in own and (n in self.returned or self._read_elsewhere(n, inside))]
         wanted += [node for node in also if node not in wanted]
 
         graph, env, root = fx.Graph(), {}, nn.Module()
@@ -251,11 +253,12 @@ class _Builder:
         for node in body:
             env[node] = graph.node_copy(node, env.__getitem__)
         graph.output(tuple(env[node] for node in wanted))
-        graph.eliminate_dead_code()
+        code = fx.GraphModule(root, graph, class_name=label.title().replace(" ", ""))
+        graph.eliminate_dead_code(lambda node: node.is_impure() or is_mutating(node) or is_random(node))
 
         self.reads[label] = [node for node in inputs if node not in gaps]
         self.built[label] = Piece(
-            fx.GraphModule(root, graph, class_name=label.title().replace(" ", "")),
+            code,
             tuple(self.owner(str(node.target)) for node in attributes),
             tuple(gaps.get(node, node.name) for node in inputs),
             tuple(node.name for node in wanted),
@@ -275,8 +278,7 @@ class _Builder:
                     pending.append(before)
         return sorted(found, key=self.order.__getitem__)
 
-    def _read_elsewhere(self, node: fx.Node, body: Sequence[fx.Node]) -> bool:
-        inside = set(body)
+    def _read_elsewhere(self, node: fx.Node, inside: set[fx.Node]) -> bool:
         return any(user not in inside and user.op != "output" and not _is_check(user) for user in node.users)
 
     def _is_module(self, node: fx.Node) -> bool:
@@ -286,9 +288,22 @@ class _Builder:
         return isinstance(target, nn.Module)
 
     def check(self, lanes: Sequence[fx.Node], finishes: Sequence[fx.Node | None]) -> None:
-        """Every live value that a region or the head reads from outside comes through its gap."""
+        """Every live value that a region or the head reads from outside comes through its gap, and stays as it is."""
         if len(lanes) == 2 and not any(finishes):
             return  # one region: nothing enters the gaps, so values may cross as they like
+        written = [node.name for node in (*lanes, *finishes) if node in self.live.overwritten]
+        written += [
+            before.name
+            for node in self.live.live
+            for before in self.live.memory.get(node, ())
+            if self.live.kind[before] == LIVE and self.where[before] != self.where[node]
+        ]
+        if written:
+            raise NoSeparatorError(
+                f"the memory of {', '.join(dict.fromkeys(written))} is used across a boundary",
+                expected="one tensor that carries everything across each boundary by its value",
+                do="choose other boundaries, or give a number of regions and let the compiler choose",
+            )
         for label, reads in self.reads.items():
             stray = [node for node in reads if self.live.kind.get(node) == LIVE]
             if stray and label not in ("prologue", "stem"):
@@ -303,11 +318,8 @@ def _output_leaves(gm: fx.GraphModule, last: fx.Node) -> list[Any]:
     """Names of the outputs; where the model returns the end of its last region, that is what the head reads."""
     (leaves,) = gm.graph.output_node().args
     assert isinstance(leaves, (tuple, list))
-    return [
-        OutputName("head" if leaf is last else leaf.name) if isinstance(leaf, fx.Node) else leaf for leaf in leaves
-    ]
+    return [OutputName("head" if leaf is last else leaf.name) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
 
 
 def _output_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     return list(dict.fromkeys(gm.graph.output_node().all_input_nodes))
-

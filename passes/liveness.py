@@ -34,14 +34,18 @@ class Liveness:
         kind: For every node but the output one of ``"input"`` (depends on inputs, not on parameters), ``"constant"``,
             ``"parameter"``, ``"parameter-only"``, ``"live"`` (depends by value on an input and on a parameter), and
             ``"number"`` (no tensor: sizes, asserts).
-        waits: For every node the nodes that must run before it: its arguments, and by storage the writes it reads,
-            the writes it overwrites and the reads it must not disturb.
+        waits: For every node the nodes that must run before it: its arguments, then those of ``memory``.
+        memory: For nodes that use memory which some node writes: the nodes that reach them through memory alone, by a
+            write made after the argument it is read through, or because their own read must come before the write.
+        overwritten: Nodes whose value a later node writes over.
         live: Live nodes in program order.
         sinks: Live differentiable outputs of the model.
     """
 
     kind: Mapping[fx.Node, str]
     waits: Mapping[fx.Node, tuple[fx.Node, ...]]
+    memory: Mapping[fx.Node, tuple[fx.Node, ...]]
+    overwritten: frozenset[fx.Node]
     live: tuple[fx.Node, ...]
     sinks: tuple[fx.Node, ...]
 
@@ -63,24 +67,11 @@ def liveness(gm: fx.GraphModule, *, trainable: frozenset[str] | None = None) -> 
     """
     if trainable is None:
         trainable = frozenset(n for n, p in gm.named_parameters(remove_duplicate=False) if p.is_floating_point())
-    waits = dependences(gm)
-    kind: dict[fx.Node, str] = {}
-    random_live = False
-    for node in gm.graph.nodes:
-        if node.op == "output":
-            continue
-        if node.op == "placeholder":
-            kind[node] = INPUT
-        elif node.op == "get_attr":
-            kind[node] = PARAMETER if str(node.target) in trainable else CONSTANT
-        elif not _tensors(node):
-            kind[node] = NUMBER
-        else:
-            kind[node] = _join({kind[before] for before in waits[node]})
-            # a random draw may neither be repeated in two regions nor move ahead of an earlier live one
-            if is_random(node) and (kind[node] == PARAMETER_ONLY or random_live):
-                kind[node] = LIVE
-            random_live |= is_random(node) and kind[node] == LIVE
+    order = memory_order(gm)
+    waits = {
+        node: tuple(dict.fromkeys((*node.all_input_nodes, *order.memory.get(node, ())))) for node in gm.graph.nodes
+    }
+    kind = _kinds(gm, trainable, waits, order.writes)
     output = gm.graph.output_node()
     trained = _with_gradient(kind, waits)
     sinks = tuple(
@@ -90,12 +81,46 @@ def liveness(gm: fx.GraphModule, *, trainable: frozenset[str] | None = None) -> 
     )
     if not sinks:
         raise NoFloatPathError(
-            f"{len(output.all_input_nodes)} outputs; none takes a gradient to a trainable parameter and reads an input",
+            f"no output (of {len(output.all_input_nodes)}) reads an input and takes a gradient to a parameter",
             expected="at least one float output computed from an input and a parameter",
-            do="check that the model has float parameters and that its output is not detached, computed under no_grad, "
-            "or an argmax",
+            do="check that the model has float parameters and its output is no argmax, detached or made under no_grad",
         )
-    return Liveness(kind, waits, tuple(n for n, k in kind.items() if k == LIVE), sinks)
+    overwritten = frozenset(before for written in order.writes.values() for before in written)
+    return Liveness(kind, waits, order.memory, overwritten, tuple(n for n, k in kind.items() if k == LIVE), sinks)
+
+
+def _kinds(
+    gm: fx.GraphModule,
+    trainable: frozenset[str],
+    waits: Mapping[fx.Node, tuple[fx.Node, ...]],
+    writes: Mapping[fx.Node, tuple[fx.Node, ...]],
+) -> dict[fx.Node, str]:
+    shared: set[fx.Node] = set()  # parameter-only values whose memory a live node writes: a clone would miss that
+    while True:
+        kind: dict[fx.Node, str] = {}
+        random_live = False
+        for node in gm.graph.nodes:
+            if node.op == "placeholder":
+                kind[node] = INPUT
+            elif node.op == "get_attr":
+                kind[node] = PARAMETER if str(node.target) in trainable else CONSTANT
+            elif node.op != "output" and not _tensors(node):
+                kind[node] = NUMBER
+            elif node.op != "output":
+                kind[node] = _join({kind[before] for before in waits[node]})
+                random = is_random(node)
+                # what draws random numbers or writes to memory that others see may not be repeated in two regions
+                outside = any(kind[before] != PARAMETER_ONLY for before in writes.get(node, ()))
+                once = kind[node] == PARAMETER_ONLY and (random or outside or node in shared)
+                # and a random draw may not move ahead of an earlier live one
+                if once or (random and random_live):
+                    kind[node] = LIVE
+                random_live |= random and kind[node] == LIVE
+        by_live = (before for node, written in writes.items() if kind[node] == LIVE for before in written)
+        more = {node for node in by_live if kind[node] == PARAMETER_ONLY}
+        if not more:
+            return kind
+        shared |= more
 
 
 def _with_gradient(kind: Mapping[fx.Node, str], waits: Mapping[fx.Node, tuple[fx.Node, ...]]) -> set[fx.Node]:
@@ -121,17 +146,34 @@ def _join(kinds: set[str]) -> str:
 
 def is_random(node: fx.Node) -> bool:
     """The operator draws random numbers when it runs (a dropout in training mode, not one in evaluation mode)."""
-    tags = getattr(node.target, "tags", ())
+    if any(is_random(inner) for body in _bodies(node).values() for inner in body.graph.nodes):
+        return True
     name = getattr(node.target, "__name__", "")
-    if torch.Tag.nondeterministic_seeded not in tags and not name.startswith(("dropout", "feature_dropout", "alpha_")):
-        return "scaled_dot_product" in name and _argument(node, "dropout_p", 4, 0.0) != 0.0
+    given = _arguments(node)
+    if "scaled_dot_product" in name:
+        return given.get("dropout_p", 0.0) != 0.0
     if "dropout" in name:
-        return bool(_argument(node, "train", 2, True)) and _argument(node, "p", 1, 0.5) != 0.0
-    return "scaled_dot_product" not in name or _argument(node, "dropout_p", 4, 0.0) != 0.0
+        return given.get("train") is not False and given.get("p") != 0.0
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _argument(node: fx.Node, name: str, position: int, default: Any) -> Any:
-    return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an operator by name, defaults included; empty for what has no schema."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {}
+    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    return {**defaults, **dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
+
+
+def _bodies(node: fx.Node) -> dict[int, fx.GraphModule]:
+    """Graphs that an operator runs, by argument: the exporter keeps ``no_grad`` and ``autocast`` blocks apart."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return {}
+    owner = node.graph.owning_module
+    attributes = {i: arg for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr"}
+    found = {i: getattr(owner, str(arg.target), None) for i, arg in attributes.items()}
+    return {i: body for i, body in found.items() if isinstance(body, fx.GraphModule)}
 
 
 def is_float_tensor(node: fx.Node) -> bool:
@@ -143,7 +185,9 @@ def is_float_tensor(node: fx.Node) -> bool:
 def is_mutating(node: fx.Node) -> bool:
     """The operator writes to one of its arguments."""
     schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
+    if schema is not None:
+        return bool(schema.is_mutable)
+    return any(is_mutating(inner) for body in _bodies(node).values() for inner in body.graph.nodes)
 
 
 def _tensors(node: fx.Node) -> list[Tensor]:
@@ -156,45 +200,55 @@ def _tensors(node: fx.Node) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def dependences(gm: fx.GraphModule) -> Mapping[fx.Node, tuple[fx.Node, ...]]:
-    """What each node waits for: arguments, then read/write order on shared storage.
+@dataclass(frozen=True, slots=True)
+class MemoryOrder:
+    """Which nodes meet in memory.
+
+    Attributes:
+        memory: As in ``Liveness``.
+        writes: For every writing node the earlier nodes whose value it writes over.
+    """
+
+    memory: Mapping[fx.Node, tuple[fx.Node, ...]]
+    writes: Mapping[fx.Node, tuple[fx.Node, ...]]
+
+
+def memory_order(gm: fx.GraphModule) -> MemoryOrder:
+    """Find read/write order on shared storage.
 
     Exported graphs are not functional: an operator may write into a view that another node reads by another name.
     Storages are found by running the graph on fake tensors; a graph without a writing operator needs no run.
     """
-    arguments = {node: tuple(node.all_input_nodes) for node in gm.graph.nodes}
     if not any(is_mutating(node) for node in gm.graph.nodes):
-        return arguments
-    order = _StorageOrder(gm)
-    order.run_fake()
-    return {
-        node: tuple(dict.fromkeys((*before, *sorted(order.extra.get(node, ()), key=order.position.__getitem__))))
-        for node, before in arguments.items()
-    }
+        return MemoryOrder({}, {})
+    modes = (getattr(node.meta.get("val"), "fake_mode", None) for node in gm.graph.nodes)
+    mode = next((mode for mode in modes if mode is not None), None) or FakeTensorMode(allow_non_fake_inputs=True)
+    run = _Storages(gm, mode)
+    with mode, torch.no_grad():
+        run.run(*[n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")], enable_io_processing=False)
+    return MemoryOrder(run.in_order(run.memory), run.in_order(run.writes))
 
 
-class _StorageOrder(fx.Interpreter):
-    """Runs the graph on fake tensors and notes which node last wrote, and which since read, every storage."""
+class _Storages(fx.Interpreter):
+    """Runs a graph on fake tensors and notes which node last wrote, and which since read, every storage."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, mode: Any) -> None:
         super().__init__(gm, garbage_collect_values=False)
-        self.extra: dict[fx.Node, set[fx.Node]] = {}
-        self.position = {node: i for i, node in enumerate(gm.graph.nodes)}
-        self._written: dict[int, fx.Node] = {}
+        self.mode = mode
+        self.memory: dict[fx.Node, set[fx.Node]] = {}
+        self.writes: dict[fx.Node, set[fx.Node]] = {}
+        self.written: dict[int, fx.Node] = {}
         self._read: dict[int, set[fx.Node]] = {}
-        self._mode = next(
-            (v.fake_mode for n in gm.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode")),
-            None,
-        ) or FakeTensorMode(allow_non_fake_inputs=True)
+        self._holders: dict[int, set[fx.Node]] = {}
+        self._position = {node: i for i, node in enumerate(gm.graph.nodes)}
 
-    def run_fake(self) -> None:
-        inputs = [node.meta.get("val") for node in self.module.graph.find_nodes(op="placeholder")]  # type: ignore[union-attr]
-        with self._mode, torch.no_grad():
-            self.run(*inputs, enable_io_processing=False)
+    def in_order(self, found: Mapping[fx.Node, set[fx.Node]]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+        """The same with the nodes in program order."""
+        return {node: tuple(sorted(some, key=self._position.__getitem__)) for node, some in found.items() if some}
 
     def fetch_attr(self, target: str) -> Any:
         value = super().fetch_attr(target)
-        return self._mode.from_tensor(value) if isinstance(value, (Tensor, nn.Parameter)) else value
+        return self.mode.from_tensor(value) if isinstance(value, (Tensor, nn.Parameter)) else value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         return None  # the exporter's guard module: it reads nothing
@@ -202,31 +256,42 @@ class _StorageOrder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_function":
             self._note(n)
-        return super().run_node(n)
+        value = super().run_node(n)
+        for storage in _storages(value):
+            self._holders.setdefault(storage, set()).add(n)
+        return value
 
     def _note(self, node: fx.Node) -> None:
-        written: set[int] = set()
-        if is_mutating(node):
-            schema = node.target._schema  # type: ignore[union-attr]
-            for argument, value in zip(schema.arguments, node.args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    written |= {s for a in _nodes(value) for s in _storages(self.env[a])}
-        extra: set[fx.Node] = set()
+        written = self._written_by(node) if is_mutating(node) else set()
+        memory: set[fx.Node] = set()
         for before in node.all_input_nodes:
             for storage in _storages(self.env[before]):
-                if storage in self._written:
-                    extra.add(self._written[storage])
+                writer = self.written.get(storage)
+                # a value made after the write carries it along; an older one names the memory only
+                if writer is not None and self._position[before] < self._position[writer]:
+                    memory.add(writer)
                 if storage not in written:
                     self._read.setdefault(storage, set()).add(node)
         for storage in written:
-            extra |= self._read.pop(storage, set())
-            self._written[storage] = node
-        if extra - {node}:
-            self.extra[node] = extra - {node}
+            memory |= self._read.pop(storage, set())
+            self.writes.setdefault(node, set()).update(self._holders.get(storage, ()))
+            self.written[storage] = node
+        self.memory[node] = memory - {node}
 
+    def _written_by(self, node: fx.Node) -> set[int]:
+        if not _bodies(node):
+            schema, given = node.target._schema, _arguments(node)  # type: ignore[union-attr]
+            marked = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+            return {storage for name in marked for storage in _storages(self._values(given.get(name)))}
+        found: set[int] = set()
+        for i, body in _bodies(node).items():
+            inner = _Storages(body, self.mode)
+            inner.run(*self._values(node.args[i + 1 :]), enable_io_processing=False)
+            found |= set(inner.written)
+        return found
 
-def _nodes(value: Any) -> list[fx.Node]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node)]
+    def _values(self, of: Any) -> Any:
+        return fx.node.map_arg(of, self.env.__getitem__)
 
 
 def _storages(value: Any) -> set[int]:

@@ -146,7 +146,7 @@ def _input_canvas(live: Liveness, group: Sequence[Separator], work: Sequence[int
         for before in live.waits[node]
         if live.kind.get(before) == INPUT and isinstance(before.meta.get("val"), Tensor)
     }
-    fitting = [node for node in reads if _key(node) == _key(group[0].node)]
+    fitting = [node for node in reads if _key(node) == _key(group[0].node) and node not in live.overwritten]
     return fitting[0] if len(fitting) == 1 and len(reads) == 1 else None
 
 

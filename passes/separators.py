@@ -28,7 +28,9 @@ class Separator:
 def separators(live: Liveness) -> tuple[Separator, ...]:
     """All one-lane separators, by one sweep over the live nodes in program order.
 
-    A node is one iff no dependence spans it: every live value made before it and read after it is the node itself.
+    A node is one iff no dependence spans it: every live value made before it and read after is the node itself, and
+    nothing but its value is needed of it (no memory that it wrote or read). It must still be there at the end of its
+    region, so nodes that a later one writes over are none.
     Values that are only returned do not count: an output made early leaves its region as a tap. Nor do paths that
     start after the cut, from an input that a later region reads itself.
 
@@ -41,17 +43,21 @@ def separators(live: Liveness) -> tuple[Separator, ...]:
     order = live.live
     position = {node: i for i, node in enumerate(order)}
     last = last_uses(live)
-    # spans[i] counts values other than order[i] alive across the gap after position i
+    # spans[i] counts what reaches past position i other than the value of order[i]
     spans = [0] * (len(order) + 1)
     for node, i in position.items():
         if last[node] > i:
             spans[i + 1] += 1
             spans[last[node]] -= 1
+        for before in live.memory.get(node, ()):
+            if before in position:
+                spans[position[before]] += 1
+                spans[i] -= 1
     found: list[Separator] = []
     running = 0
     for i, node in enumerate(order):
         running += spans[i]
-        if running == 0 and last[node] > i and is_float_tensor(node):
+        if running == 0 and last[node] > i and is_float_tensor(node) and node not in live.overwritten:
             found.append(Separator(node, i))
     return tuple(found)
 

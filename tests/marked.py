@@ -173,7 +173,7 @@ def step(
     leaf: bool = True,
     watch: TorchDispatchMode | None = None,
 ) -> Step:
-    """Forward and backward of ``call``, which runs ``module``, from a fixed random state; ``watch`` sees the backward."""
+    """Forward and backward of ``call``, which runs ``module``, from a fixed random state; ``watch`` is on backward."""
     module.zero_grad()
     inputs = inputs.clone().requires_grad_(leaf)
     torch.manual_seed(3)

@@ -1,0 +1,176 @@
+"""Engines: which one runs, what its backward calls, and what happens where it cannot run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lbi_compile
+from lbi_compile import engines
+from lbi_compile.errors import EngineError, OptionError
+from lbi_compile.kernels import reference
+from lbi_compile.verify import relative_errors
+from tests.cases import call, gradients, in_float64, project
+from tests.models import ResidualMLP
+
+SCAN = torch.ops.lbi.suffix_scan.default
+
+
+class CountScans(TorchDispatchMode):
+    """Counts calls of the scan; ``zeros`` puts zeros in place of what it gives."""
+
+    def __init__(self, *, zeros: bool = False) -> None:
+        super().__init__()
+        self.zeros, self.count, self.shapes = zeros, 0, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is SCAN:
+            self.count += 1
+            self.shapes.append(tuple(args[0].shape))
+            return torch.zeros_like(out) if self.zeros else out
+        return out
+
+
+@pytest.mark.parametrize(("regions", "interface"), [(3, "pooled"), (4, "pooled")])
+def test_one_scan_in_the_backward_and_it_matters(regions: int, interface: str) -> None:
+    model, inputs = in_float64("mlp", depth=4)
+    bounded = lbi_compile.transform(model, inputs, regions=regions, r=4, interface=interface)
+    expected = gradients(bounded, inputs, "scan")
+    for engine, count in (("scan", 1), ("chain", 0), ("autograd", 0)):
+        with CountScans() as mode:
+            gradients(bounded, inputs, engine)
+        assert mode.count == count
+    with bounded.with_engine("scan"):
+        bounded.zero_grad()
+        with CountScans() as forward:
+            torch.manual_seed(7)
+            loss = project(call(bounded, inputs))
+        assert forward.count == 0
+        with CountScans(zeros=True) as mode:
+            loss.backward()
+    assert mode.shapes == [(regions - 1, 3, 4, 4)]
+    broken = {name: p.grad for name, p in bounded.named_parameters()}
+    assert max(relative_errors(broken, expected).values()) > 1e-2
+
+
+def test_the_scan_reads_every_jacobian_and_every_b(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = in_float64("mlp", depth=4)
+    bounded = lbi_compile.transform(model, inputs, regions=4, r=4)
+    expected = gradients(bounded, inputs, "autograd")
+    assert max(relative_errors(gradients(bounded, inputs, "scan"), expected).values()) <= 1e-10
+    right = reference.suffix_scan
+
+    def wrong_order(J: Tensor, last: Tensor, b: Tensor | None) -> Tensor:
+        return right(J.flip(0), last, b)
+
+    def without_b(J: Tensor, last: Tensor, b: Tensor | None) -> Tensor:
+        return right(J, last, None)
+
+    def not_transposed(J: Tensor, last: Tensor, b: Tensor | None) -> Tensor:
+        return right(J.transpose(-1, -2), last, b)
+
+    for wrong in (wrong_order, without_b, not_transposed):
+        monkeypatch.setattr(reference, "suffix_scan", wrong)
+        assert max(relative_errors(gradients(bounded, inputs, "scan"), expected).values()) > 1e-3, wrong.__name__
+        report = lbi_compile.verify(bounded, inputs, engine="scan")
+        assert not report.ok, wrong.__name__
+        assert report.checks[0].ok is False
+        monkeypatch.undo()
+    assert lbi_compile.verify(bounded, inputs, engine="scan").ok
+
+
+def test_engine_names_what_ran_and_why() -> None:
+    model, inputs = in_float64("mlp", depth=4)
+    bounded = lbi_compile.transform(model, inputs, regions=3, r=4)
+    assert bounded.engine.name == "none"
+    call(bounded, inputs)
+    assert (bounded.engine.name, bounded.backward) == ("chain", "auto")
+    assert "cheapest" in str(bounded.engine)
+    with torch.no_grad():
+        call(bounded, inputs)
+    assert bounded.engine.name == "none"
+    with bounded.with_engine("scan"):
+        call(bounded, inputs)
+    assert (bounded.engine.name, bounded.engine.why) == ("scan", "asked for")
+    assert bounded.backward == "auto"
+    with pytest.raises(OptionError, match="backward='fast'"), bounded.with_engine("fast"):
+        pass
+    assert bounded.backward == "auto"
+
+
+@pytest.mark.parametrize("boundaries", [0, 1])
+def test_without_two_latents_there_is_nothing_to_scan(boundaries: int) -> None:
+    assert engines.choose("scan", boundaries=boundaries).name == "scan"
+    assert "nothing to scan" in engines.choose("scan", boundaries=boundaries).why
+
+
+def test_scan_over_too_wide_a_separator_is_refused() -> None:
+    torch.manual_seed(0)
+    model, inputs = ResidualMLP(10, width=80, depth=4, classes=5), torch.randn(3, 10)
+    bounded = lbi_compile.transform(model, inputs, regions=4, interface="identity", backward="scan")
+    before = {name: p.detach().clone() for name, p in bounded.named_parameters()}
+    with pytest.raises(EngineError, match=r"80[\s\S]*expected[\s\S]*64[\s\S]*what to do"):
+        bounded(inputs).sum().backward()
+    assert all(torch.equal(before[name], p) for name, p in bounded.named_parameters())
+    with bounded.with_engine("chain"):
+        bounded(inputs).sum().backward()
+    assert all(p.grad is not None for p in bounded.parameters())
+
+
+
+
+@pytest.mark.parametrize("frozen", [("project", "blocks.0", "blocks.1"), ("blocks.2",)])
+def test_frozen_parameters_stay_without_gradient(frozen: tuple[str, ...]) -> None:
+    model, inputs = in_float64("mlp", depth=4)
+    bounded = lbi_compile.transform(model, inputs, regions=4, r=4)
+    known = dict(bounded.named_parameters())
+    chosen = [name for name in known if name.startswith(frozen) or name.startswith("lbi.encode_canvas")]
+    assert len(chosen) >= 5, sorted(known)
+    for name in chosen:
+        known[name].requires_grad_(False)
+    expected = gradients(bounded, inputs, "autograd")
+    got = gradients(bounded, inputs, "scan")
+    assert [name for name, g in got.items() if g is None] == [n for n, g in expected.items() if g is None]
+    assert max(relative_errors(got, expected).values()) <= 1e-10
+    for name in chosen:
+        known[name].requires_grad_(True)  # thawed again: no stale graph may run
+    thawed = gradients(bounded, inputs, "scan")
+    assert all(g is not None for g in thawed.values())
+    assert max(relative_errors(thawed, gradients(bounded, inputs, "autograd")).values()) <= 1e-10
+
+
+def test_random_state_and_outputs_equal_eager_bit_for_bit() -> None:
+    model, inputs = in_float64("transformer", depth=4)
+    bounded = lbi_compile.transform(model, inputs, regions=4, r=4, interface="token", cell="gru")
+    found = {}
+    for engine in ("autograd", "chain", "scan"):
+        with bounded.with_engine(engine):
+            torch.manual_seed(7)
+            found[engine] = call(bounded, inputs), torch.get_rng_state()
+    for engine in ("chain", "scan"):
+        assert torch.equal(found[engine][0], found["autograd"][0])
+        assert torch.equal(found[engine][1], found["autograd"][1])
+
+
+def test_retain_graph_and_two_forwards_before_backward_with_changing_batch() -> None:
+    model, inputs = in_float64("mlp", depth=4)
+    bounded = lbi_compile.transform(model, inputs, regions=3, r=4, backward="scan")
+    assert isinstance(inputs, Tensor)
+    small, large = inputs, torch.cat([inputs, inputs * 2])
+
+    def run(engine: str) -> dict[str, Tensor | None]:
+        bounded.zero_grad()
+        with bounded.with_engine(engine):
+            torch.manual_seed(7)
+            first, second = project(call(bounded, small)), project(call(bounded, large))
+        second.backward(retain_graph=True)
+        first.backward()
+        second.backward()
+        return {name: p.grad.clone() for name, p in bounded.named_parameters() if p.grad is not None}
+
+    assert max(relative_errors(run("scan"), run("autograd")).values()) <= 1e-10
