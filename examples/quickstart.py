@@ -25,7 +25,7 @@ x = torch.randn(64, 20)
 y = x[:, :3].argmax(1)
 
 bounded = lbi_compile.transform(model, x, regions=4, r=8, backward="scan")
-optimizer = torch.optim.AdamW(bounded.parameters(), lr=3e-3)
+optimizer = torch.optim.AdamW(bounded.parameters(), lr=1e-3)
 for step in range(30):
     loss = nn.functional.cross_entropy(bounded(x), y)
     optimizer.zero_grad()

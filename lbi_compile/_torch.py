@@ -11,7 +11,8 @@ import io
 import logging
 import sys
 import types
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ __all__ = [
     "core_aten_decompositions",
     "default_partition",
     "detect_fake_mode",
+    "dispatch_mode_active",
+    "dynamic_sizes",
     "enable_python_dispatcher",
     "forget_donations",
     "fresh_code",
@@ -66,10 +69,10 @@ __all__ = [
     "inductor_options",
     "is_tangent",
     "make_fx",
-    "mark_dynamic",
     "no_autocast",
     "no_new_guards",
     "pytree",
+    "quiet_about_gradients",
     "same_size",
     "silent_export",
     "unset_fake_temporarily",
@@ -104,11 +107,37 @@ def fresh_code(function: Callable[..., Any]) -> Callable[..., Any]:
 DataDependentValue = (DataDependentOutputException, DynamicOutputShapeException)
 
 
-def mark_dynamic(tensor: torch.Tensor, axis: int) -> None:
-    """Ask Dynamo for a symbol of its own for a size; a size it has to fix all the same is no error."""
+def dispatch_mode_active() -> bool:
+    """A ``TorchDispatchMode`` of the caller is on: Dynamo refuses to trace under one."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    return any(not mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+
+
+@contextlib.contextmanager
+def dynamic_sizes(tensor: torch.Tensor, axes: Sequence[int]) -> Iterator[None]:
+    """Ask Dynamo for a symbol of its own for these sizes; one it has to fix all the same is no error."""
     import torch._dynamo
 
-    torch._dynamo.maybe_mark_dynamic(tensor, axis)
+    mark = "_dynamo_weak_dynamic_indices"
+    before = set(getattr(tensor, mark, ()))
+    for axis in axes:
+        torch._dynamo.maybe_mark_dynamic(tensor, axis)
+    try:
+        yield
+    finally:
+        if before:
+            setattr(tensor, mark, before)
+        else:
+            tensor.__dict__.pop(mark, None)
+
+
+@contextlib.contextmanager
+def quiet_about_gradients() -> Iterator[None]:
+    """Dynamo looks for ``.grad`` on an input that is computed from something, and warns itself about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+        yield
 
 
 def is_tangent(node: fx.Node) -> bool:

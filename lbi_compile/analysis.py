@@ -74,7 +74,8 @@ class Analysis:
             function: Maps a canvas to the model's flat outputs.
         """
         (leaves,) = self.capture.graph_module.graph.output_node().args
-        assert isinstance(leaves, (tuple, list)) and self.position_axis is not None
+        assert isinstance(leaves, (tuple, list))
+        assert self.position_axis is not None
         index = list(leaves).index(self.sink)
         canvas = self.evaluator.values[self.canvas]
         return axes.probe_axis(lambda x: function(x)[index], canvas, axis_in=1, axis_out=self.position_axis).kind
@@ -157,9 +158,7 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
         why=(*_capture_why(capture), *cut.why, *why, readout_why),
         passes=tuple(clock.records),
     )  # fmt: skip
-    return Analysis(
-        capture, live, cost, cut.canvas, cut.ends, finishes, made, sink, position_axis, split, evaluator
-    )
+    return Analysis(capture, live, cost, cut.canvas, cut.ends, finishes, made, sink, position_axis, split, evaluator)
 
 
 def locate(model: nn.Module, capture: Capture, plan: Plan) -> Analysis:
@@ -172,7 +171,9 @@ def locate(model: nn.Module, capture: Capture, plan: Plan) -> Analysis:
     live = liveness(gm)
     naming = _Naming(gm, capture)
     if plan.model != _class_name(model):
-        raise PlanError(f"a plan of {plan.model}", expected=f"a plan of {_class_name(model)}", do="make one with plan()")
+        raise PlanError(
+            f"a plan of {plan.model}", expected=f"a plan of {_class_name(model)}", do="make one with plan()"
+        )
     canvas = naming.find(plan.canvas)
     ends = tuple(naming.find(region.end) for region in plan.regions)
     finishes = tuple(naming.find(region.finish) if region.finish else None for region in plan.regions)
@@ -450,7 +451,13 @@ def _write(
     for k, (body, end) in enumerate(zip(bodies, ends, strict=True)):
         finish = finishes[k]
         last = k == len(ends) - 1
-        why = [Decision("residual", "yes" if residual[k] else "no", "path of additions from input to output" if residual[k] else "no such path")]
+        why = [
+            Decision(
+                "residual",
+                "yes" if residual[k] else "no",
+                "path of additions from input to output" if residual[k] else "no such path",
+            )
+        ]
         if split:
             own = finish is end
             why.append(
@@ -491,4 +498,3 @@ def _write(
         ),
         **settled,
     )
-

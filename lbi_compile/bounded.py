@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from . import engines
-from ._torch import fresh_code, mark_dynamic, pytree
+from ._torch import dispatch_mode_active, dynamic_sizes, fresh_code, pytree, quiet_about_gradients
 from .backend import eager_backend
 from .capture import Inputs, bind, describe_inputs, signature
 from .errors import (
     BatchCouplingError,
     DoubleBackwardError,
+    EngineError,
     LBIError,
     NotBuiltError,
     PlanError,
@@ -239,6 +240,12 @@ class BoundedModule(nn.Module):
         return out
 
     def _scan(self, program: Program, leaves: list[Any], taps: bool, engine: engines.Engine) -> Any:
+        if dispatch_mode_active():
+            raise EngineError(
+                "the scan engine under a TorchDispatchMode, which torch.compile does not trace",
+                expected="a forward outside of dispatch modes",
+                do='enter the mode around the backward only, or use bounded.with_engine("chain")',
+            )
         key = (id(program), taps)
         if key not in self._compiled:
             record = ScanRecord()
@@ -253,7 +260,8 @@ class BoundedModule(nn.Module):
         compiled, record = self._compiled[key]
         record.error = None
         try:
-            flat, hs, ms = compiled(self, self._checks_of(program).with_marked_sizes(leaves))
+            with self._checks_of(program).marked_sizes(leaves):
+                flat, hs, ms = compiled(self, leaves)
         except Exception as error:
             if isinstance(record.error, LBIError):
                 raise record.error from error
@@ -503,21 +511,20 @@ class ShapeCheck:
         if engine == engines.SCAN and self.coupled is not None:
             raise copy.copy(self.coupled)  # an error that is raised holds on to the frames it passed
 
-    def with_marked_sizes(self, leaves: list[Any]) -> list[Any]:
-        """The leaves, as other tensors on the same memory, with the sizes that may vary marked for Dynamo.
+    @contextlib.contextmanager
+    def marked_sizes(self, leaves: list[Any]) -> Iterator[None]:
+        """Inside, the sizes that may vary are marked for Dynamo on the caller's tensors; afterwards no mark is left.
 
         Marks rather than ``dynamic=True``, under which fixed sizes and constants of layers become symbols too.
         """
-        marked: list[Any] = []
-        for leaf, wanted in zip(leaves, self.inputs, strict=True):
-            if wanted is not None:
-                # the caller's tensor gets no mark; a view would be guarded by its base
-                leaf = leaf.view_as(leaf) if leaf.requires_grad else leaf.detach()
-                for axis, size in enumerate(wanted[1]):
-                    if isinstance(size, str):
-                        mark_dynamic(leaf, axis)
-            marked.append(leaf)
-        return marked
+        with contextlib.ExitStack() as stack:
+            for leaf, wanted in zip(leaves, self.inputs, strict=True):
+                axes = [axis for axis, size in enumerate(wanted[1]) if isinstance(size, str)] if wanted else []
+                if axes:
+                    stack.enter_context(dynamic_sizes(leaf, axes))
+                if wanted and leaf.requires_grad and not leaf.is_leaf:
+                    stack.enter_context(quiet_about_gradients())
+            yield
 
     def __call__(self, inputs: Inputs) -> None:
         bound: dict[str, int] = {}

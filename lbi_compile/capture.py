@@ -222,7 +222,7 @@ def _why_not(model: nn.Module, inputs: Inputs, error: BaseException) -> CaptureE
     return CaptureError(
         f"torch.export cannot capture {type(model).__name__}: {_line(error)}",
         expected="a forward that torch.export.export(model, args, strict=False) can read",
-        do=f"look at {_user_frame(error) or 'the exporter message above'}; rewrite what it names without Python side effects",
+        do=f"rewrite {_user_frame(error) or 'what the exporter names above'} without Python side effects",
     )
 
 

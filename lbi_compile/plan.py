@@ -123,8 +123,8 @@ class Plan:
         stem: Input to canvas.
         head: What follows the last region.
         canvas: The float tensor every region may read.
-        interface: What crosses a boundary (``"pooled"``, ``"chunked"``, ``"token"``, ``"identity"``, ``"zero"``, ``"self"``;
-            ``"none"`` for one region).
+        interface: What crosses a boundary: ``"pooled"``, ``"chunked"``, ``"token"``, ``"identity"``, ``"zero"`` or
+            ``"self"``; ``"none"`` for one region.
         cell: ``"gru"`` or ``"linear"`` for the token interface, else ``None``.
         readout: ``"last"`` or ``"sum"``.
         r: Latent width R.
@@ -165,6 +165,12 @@ class Plan:
         record.pop("passes")
         record.pop("inputs")
         return hashlib.sha256(json.dumps(_without_reasons(record), sort_keys=True).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        """The partition as a tree."""
+        from .render.tree import page  # rendering is rich's, which a program that only reads the record need not import
+
+        return page(self)
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """The plan as JSON text; ``Plan.from_json`` reads it back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import networkx as nx
@@ -150,9 +151,7 @@ def _gradients(bounded: BoundedModule, inputs: Inputs, engine: str) -> tuple[dic
     return dict(zip(wanted, found, strict=True)), ran
 
 
-def _gradient_errors(
-    twin: BoundedModule, inputs: Inputs, request: str
-) -> tuple[dict[str, float], engines.Engine, str]:
+def _gradient_errors(twin: BoundedModule, inputs: Inputs, request: str) -> tuple[dict[str, float], engines.Engine, str]:
     expected, _ = _gradients(twin, inputs, engines.AUTOGRAD)
     got, ran = _gradients(twin, inputs, request)
     missing = [name for name, gradient in expected.items() if gradient is None]
@@ -201,7 +200,9 @@ def _lanes_detail(lanes: Sequence[tuple[str, int]]) -> str:
     return "one lane at every boundary" if lanes else "one region: no boundary"
 
 
-def _jacobian_norms(twin: BoundedModule, inputs: Inputs, independent: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _jacobian_norms(
+    twin: BoundedModule, inputs: Inputs, independent: bool
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Spectral norms of every interface Jacobian, and of the running products from the last one down."""
     with torch.random.fork_rng(), twin.with_engine(engines.AUTOGRAD), torch.enable_grad():
         torch.manual_seed(0)
@@ -211,7 +212,7 @@ def _jacobian_norms(twin: BoundedModule, inputs: Inputs, independent: bool) -> t
         return (), ()
     if not independent and not getattr(twin.lbi, "splits", False):
         return (), ()
-    jacobians = [interface_jacobian(after, before) for before, after in zip(latents, latents[1:], strict=False)]
+    jacobians = [interface_jacobian(after, before) for before, after in pairwise(latents)]
     norms = tuple(float(torch.linalg.matrix_norm(j, 2).max()) for j in jacobians)
     products, product = [], None
     for jacobian in reversed(jacobians):
@@ -234,4 +235,3 @@ def interface_jacobian(after: Tensor, before: Tensor) -> Tensor:
         (row,) = torch.autograd.grad(after, before, cotangent, retain_graph=True, allow_unused=True)
         rows.append(torch.zeros_like(before) if row is None else row)
     return torch.stack(rows, -2).flatten(0, -3)
-

@@ -130,10 +130,9 @@ def agree(found: Iterable[tuple[Any, int]]) -> tuple[Any, int]:
 def contract(call: Call, operands: Sequence[tuple[Any, Sequence[Hashable]]], out: Sequence[Hashable]) -> AxisState:
     """The rule of every sum of products: dims have labels as in einsum, labels that are not in ``out`` are summed.
 
-    An axis survives where all operands that carry it do so under one label and ``out`` keeps it.
+    An axis survives where all operands that carry it do so under one label and ``out`` keeps it. ``operands`` are all
+    tensors of the call.
     """
-    if not set(call.carriers()) <= {value for value, _ in operands if isinstance(value, fx.Node)}:
-        raise MixedError("the axis comes in by an argument that no rule covers")
     carried = [(call.state(value), labels) for value, labels in operands]
     label, stride = agree((labels[s.dim], s.stride) for s, labels in carried if s.kind == "at")
     if label not in out:

@@ -138,21 +138,23 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
 def _vmap(run: BatchInterpreter, target: Any, *args: Any, **kwargs: Any) -> Any:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Batched)]
+    several, present = False, []
 
     def one(*live: Tensor) -> tuple[Tensor, ...]:
+        nonlocal several, present
         values = list(leaves)
         for place, value in zip(places, live, strict=True):
             values[place] = value
         inner_args, inner_kwargs = pytree.tree_unflatten(values, spec)
         result = target(*inner_args, **inner_kwargs)
-        return tuple(x for x in (result if isinstance(result, (tuple, list)) else (result,)) if x is not None)
+        several = isinstance(result, (tuple, list))
+        results = result if several else (result,)
+        present = [x is not None for x in results]
+        return tuple(x for x in results if x is not None)
 
-    results = torch.vmap(one)(*[leaves[i].full() for i in places])
-    pattern = run.result_value()
-    if isinstance(pattern, (tuple, list)):
-        left = iter(results)
-        return tuple(None if item is None else run.wrap(next(left)) for item in pattern)
-    return run.wrap(results[0])
+    left = iter(torch.vmap(one)(*[leaves[i].full() for i in places]))
+    results = tuple(run.wrap(next(left)) if on else None for on in present)
+    return results if several else results[0]
 
 
 def _pointwise(run: BatchInterpreter, target: Any, *args: Any, **kwargs: Any) -> Batched:
@@ -408,10 +410,7 @@ def _attention(run: BatchInterpreter, target: Any, *args: Any, **kwargs: Any) ->
         if isinstance(value, (Batched, Tensor)) and len(value.shape) > 2:
             given[name] = _fold(run, value, batch)
     results = target(*[given.pop(name) for name in names[: len(args)]], **given)
-    return tuple(
-        None if value is None else _unfold(run, result, batch)
-        for result, value in zip(results, run.result_value(), strict=True)
-    )
+    return tuple(None if result is None else _unfold(run, result, batch) for result in results)
 
 
 def _cannot_fold(given: dict[str, Any]) -> str | None:

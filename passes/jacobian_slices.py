@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from lbi_compile._torch import core_aten_decompositions, make_fx, same_size
 from lbi_compile.errors import EngineError
@@ -55,7 +56,7 @@ class Slice:
         place = {node: i for i, node in enumerate(nodes)}
         lines = [f"{len(self.constants)} {len(self.zeros)}"]
         for node in nodes:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: _Place(place[a]))
+            args, kwargs = map_arg((node.args, node.kwargs), lambda a: _Place(place[a]))
             lines.append(
                 f"{node.op} {_describe(node.meta.get('val'))} {'' if node.op == 'placeholder' else node.target}"
             )
@@ -181,7 +182,7 @@ def _drop_unused_outputs(copy: fx.Node, node: fx.Node, inside: Collection[fx.Nod
     schema = getattr(node.target, "_schema", None)
     for at, argument in enumerate(schema.arguments if schema is not None else ()):
         if argument.name in ("output_mask", "grad_input_mask") and at < len(copy.args):
-            used = {user.args[1] for user in node.users if user in inside}
+            used = [user.args[1] for user in node.users if user in inside]
             mask: Any = copy.args[at]
             copy.update_arg(at, [bool(on) and i in used for i, on in enumerate(mask)])
 

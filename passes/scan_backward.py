@@ -9,12 +9,13 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 import lbi_compile.kernels.ops  # noqa: F401  registers the operators
 from lbi_compile._torch import (
@@ -156,7 +157,7 @@ def _chains(graph: fx.Graph) -> list[list[fx.Node]]:
     forward = _call_numbers(graph)
     for node in graph.nodes:
         if node.op == "call_function" and node.target is BACKWARD:
-            _, k, chain = node.args
+            k, chain = _place(node)
             if calls[chain, forward(node)].setdefault(k, node) is not node:
                 raise _indistinct(k, chain)
     chains = []
@@ -166,7 +167,7 @@ def _chains(graph: fx.Graph) -> list[list[fx.Node]]:
             continue
         if ks != list(range(ks[0], ks[-1] + 1)):
             raise EngineError(
-                f"gradients at boundaries {ks} of bounded model {chain}, and none between",
+                f"gradients at boundaries {ks} of bounded model {chain}, and none at those between",
                 expected="gradients at consecutive boundaries",
                 do="use backward='chain', or do not detach a latent inside the model",
             )
@@ -179,20 +180,28 @@ def _call_numbers(graph: fx.Graph) -> Callable[[fx.Node], int]:
     numbers: dict[tuple[int, int], list[Any]] = defaultdict(list)
     for node in graph.nodes:
         if node.op == "call_function" and node.target is FORWARD:
-            numbers[node.args[1:]].append(node.meta.get("seq_nr"))
+            numbers[_place(node)].append(node.meta.get("seq_nr"))
 
     def call(node: fx.Node) -> int:
-        known, number = numbers[node.args[1:]], node.meta.get("seq_nr")
+        known, number = numbers[_place(node)], node.meta.get("seq_nr")
         if len(known) == 1:
             return 0
         if number is None or known.count(number) != 1:
-            raise _indistinct(*node.args[1:])
+            raise _indistinct(*_place(node))
         return known.index(number)
 
     return call
 
 
-def _indistinct(k: Any, chain: Any) -> EngineError:
+def _place(marker: fx.Node) -> tuple[int, int]:
+    """Boundary and bounded model of a marker."""
+    _, k, chain = marker.args
+    assert isinstance(k, int)
+    assert isinstance(chain, int)
+    return k, chain
+
+
+def _indistinct(k: int, chain: int) -> EngineError:
     return EngineError(
         f"boundary {k} of bounded model {chain} occurs several times in one graph and its calls cannot be told apart",
         expected="one call of a bounded model per compiled graph, or autograd sequence numbers on its nodes",
@@ -213,8 +222,10 @@ def _solve(
     jacobians: list[fx.Node] = []
     shared: list[bool] = []
     others: dict[int, fx.Node] = {}
+    roots = [*filter(is_tangent, graph.nodes), *markers]
+    adjoint = {*roots, *downstream(roots)}
     for at, (to, source) in enumerate(itertools.pairwise(markers)):
-        region = _region(graph, markers, source, to)
+        region = _region(graph, markers, source, to, adjoint)
         jacobian, is_shared = _jacobian(gm, region, splicer, r, record)
         jacobians.append(jacobian)
         shared.append(is_shared)
@@ -292,21 +303,21 @@ class _Region:
     extra: tuple[fx.Node, ...]
 
 
-def _region(graph: fx.Graph, markers: Sequence[fx.Node], source: fx.Node, to: fx.Node) -> _Region:
-    """Nodes between two backward markers, and the adjoints that join them from elsewhere."""
+def _region(
+    graph: fx.Graph, markers: Sequence[fx.Node], source: fx.Node, to: fx.Node, adjoint: Collection[fx.Node]
+) -> _Region:
+    """Nodes between two backward markers, and those of ``adjoint`` (all that depends on a tangent) that join them."""
     stop = set(markers)
     end: Any = to.args[0]
-    k: Any = to.args[1]
+    k, _ = _place(to)
     inside = downstream([source], stop=stop) & (upstream([to], stop=stop))
     path = tuple(node for node in graph.nodes if node in inside)
-    adjoint = downstream([n for n in graph.nodes if is_tangent(n)] + list(markers))
-    adjoint |= {n for n in graph.nodes if is_tangent(n)} | stop
     reads = [a for node in path for a in node.all_input_nodes] if path else [end]
     extra = tuple(a for a in dict.fromkeys(reads) if a not in inside and a is not source and a in adjoint)
     past = {*upstream(extra), *extra} & stop
     if past:
         raise EngineError(
-            f"the adjoint of latent {k} also depends on the adjoints of latents {sorted(m.args[1] for m in past)}",
+            f"the adjoint of latent {k} also depends on the adjoints of latents {sorted(_place(m)[0] for m in past)}",
             expected=f"latent {k + 1} to be the only way from region {k} to later latents",
             do="use backward='chain', or cut where the boundary is a separator",
         )
@@ -374,7 +385,7 @@ class _Splicer:
         self.before = min(markers, key=order.__getitem__)
         values = [node.meta.get("val") for node in gm.graph.nodes]
         self.fake = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
-        # Sizes that a trace uses must be bound by its inputs: Dynamo's symbolic sizes and a latent of this chain, forward.
+        # Sizes that a trace uses must be bound by its inputs: Dynamo's symbolic sizes, and a latent of this chain.
         sizes = [n for n in gm.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.SymInt)]
         shape = markers[-1].meta["val"].shape
         latents = gm.graph.find_nodes(op="call_function", target=FORWARD)
@@ -393,7 +404,7 @@ class _Splicer:
         with graph.inserting_before(self.before):
             for node in traced.graph.nodes:
                 if node.op == "output":
-                    return fx.node.map_arg(node.args[0], copies.__getitem__)
+                    return map_arg(node.args[0], copies.__getitem__)
                 if node.op == "get_attr":
                     copies[node] = self._constant(getattr(traced, node.target))
                 elif node.op != "placeholder":

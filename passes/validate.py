@@ -81,7 +81,9 @@ def settle_interface(
         made.append(Decision("cell", chosen, why))
     elif cell != "auto":
         raise OptionError(
-            f"cell={cell!r} with interface={kind!r}", expected="a cell only for the token interface", do="leave cell out"
+            f"cell={cell!r} with interface={kind!r}",
+            expected="a cell only for the token interface",
+            do="leave cell out",
         )
     return kind, chosen, tuple(made)
 
@@ -121,7 +123,7 @@ def settle_readout(
         if request not in allowed:
             raise ReadoutError(
                 f"readout={request!r} with interface={interface!r}",
-                expected=f"readout {' or '.join(allowed)}: under {request!r} earlier regions could never get a gradient",
+                expected=f"readout {' or '.join(allowed)}: under {request!r} some parameters could never get a gradient",
                 do="pass readout='auto', or another interface",
             )
         note = "" if residual or request == "last" else "; the regions are not proven residual"

@@ -84,7 +84,7 @@ def grow(shape: tuple[int, ...], steps: int, choose: Choose) -> tuple[fx.GraphMo
         pool = build.tensors()[-4:]
         node = choose(pool)
         sizes = tuple(build.values[node].shape)
-        if not sizes or len(sizes) > 5:
+        if not sizes or 0 in sizes or len(sizes) > 5:
             continue
         dim = choose(range(-len(sizes), len(sizes)))
         _step(build, node, sizes, dim, choose(pool), choose)

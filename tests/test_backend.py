@@ -70,7 +70,8 @@ def test_saved_tensors_die_where_they_are_used_last():
             for x in args:
                 if isinstance(x, Tensor) and x.dtype == torch.bool:
                     self.seen[id(x)] = weakref.ref(x)
-            self.alive = sum(mask() is not None for mask in self.seen.values())
+            if func is not torch.ops.aten.detach.default:  # autograd storing the gradients, after the graph
+                self.alive = sum(mask() is not None for mask in self.seen.values())
             return func(*args, **(kwargs or {}))
 
     module = pooled_mlp(3).double()

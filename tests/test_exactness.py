@@ -71,7 +71,8 @@ def auxiliary(bounded: BoundedModule, inputs: Inputs) -> Tensor:
     out, taps = bounded.forward_regions(inputs)
     assert len(taps.h) == len(taps.m) == 4
     first, second = taps.m[1], taps.m[3]
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     return project(out) + 3 * project(first.square(), 4) + 2 * project(second.sin(), 5) + project(taps.h[1], 6)
 
 
@@ -146,7 +147,11 @@ def test_bfloat16_autocast_is_as_accurate_as_compiled_autograd(name: str, option
                 parameter.copy_(dict(bounded.named_parameters())[name_of])
         expected = gradients(reference, inputs, "autograd")
         for arm, engine, loss in (("scan", "scan", narrow), ("plain", None, plain)):
-            got = gradients(bounded, narrow_inputs, engine, loss) if engine else _compiled_gradients(bounded, loss, inputs)
+            got = (
+                gradients(bounded, narrow_inputs, engine, loss)
+                if engine
+                else _compiled_gradients(bounded, loss, inputs)
+            )
             errors[arm].append(_total_error(got, expected))
     assert 1e-4 < statistics.median(errors["plain"]) < 0.2
     assert statistics.median(errors["scan"]) <= 1.5 * statistics.median(errors["plain"])
