@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -165,7 +166,7 @@ def locate(model: nn.Module, capture: Capture, plan: Plan) -> Analysis:
     """Find the places a plan names in another capture of the same model.
 
     Raises:
-        PlanError: A place is missing, has another shape, or the plan is of another model.
+        PlanError: A place is missing, has another shape or divides the layers otherwise, or the plan is of another model.
     """
     gm = capture.graph_module
     live = liveness(gm)
@@ -178,11 +179,34 @@ def locate(model: nn.Module, capture: Capture, plan: Plan) -> Analysis:
     ends = tuple(naming.find(region.end) for region in plan.regions)
     finishes = tuple(naming.find(region.finish) if region.finish else None for region in plan.regions)
     leaves = tuple(capture.inputs.leaves)
+    cost = costs(gm, example=leaves)
+    _, *divided = parts(gm, live, cost, canvas, ends)
+    _raise_if_moved(plan, divided[0], divided[1], divided[2])
     sink, position_axis = _positions(live, canvas)
     return Analysis(
-        capture, live, costs(gm, example=leaves), canvas, ends, finishes, plan, sink, position_axis,
+        capture, live, cost, canvas, ends, finishes, plan, sink, position_axis,
         interface_class(plan.interface, plan.cell).splits, Evaluator(gm, live, leaves),
     )  # fmt: skip
+
+
+def _raise_if_moved(plan: Plan, stem: Part, bodies: Sequence[Part], head: Part) -> None:
+    """Names of values count occurrences, which an argument that adds an operation may shift: layers tell."""
+    here = {path: at for at, part in enumerate((stem, *bodies, head)) for path in part.modules}
+    there = {
+        path: at
+        for at, part in enumerate((plan.stem, *(region.part for region in plan.regions), plan.head))
+        for path in part.modules
+    }
+    for path, at in here.items():
+        for known, wanted in there.items():
+            related = path == known or path.startswith(known + ".") or known.startswith(path + ".")
+            if related and at != wanted:
+                places = ("the stem", *(f"region {k}" for k in range(len(bodies))), "the head")
+                raise PlanError(
+                    f"{path} in {places[at]} of this capture, but in {places[wanted]} of the plan",
+                    expected="captures that divide the layers alike",
+                    do="transform again with example inputs of this kind: their arguments run other operations",
+                )
 
 
 def _cut(
@@ -190,7 +214,8 @@ def _cut(
 ) -> Partition:
     if options.regions == 1 and len(points) < 2:
         # one region is the whole model: it needs no separator
-        return Partition(live.live[0], (live.live[-1],), (), (Decision("boundaries", "none", "one region"),))
+        floats = [node for node in live.live if is_float_tensor(node)]
+        return Partition(floats[0], (floats[-1],), (), (Decision("boundaries", "none", "one region"),))
     wanted: Any = options.regions
     if isinstance(options.regions, tuple):
         wanted = [naming.before_module(path, points) for path in options.regions]
@@ -201,7 +226,7 @@ def _cut(
         cost={node: cost.flops[node] + cost.bytes[node] for node in live.live},
         flops=cost.flops,
         leaves_finish=steps.position_wise,
-        describe=lambda node: naming.point(node).name,
+        describe=naming.point,
     )
 
 
@@ -235,10 +260,10 @@ class _Steps:
 
     def finish(self, start: fx.Node, end: fx.Node, points: Sequence[Separator]) -> fx.Node:
         """The first separator of the region after which all is position-wise; ``end`` where the last op mixes."""
-        at = {point.node: i for i, point in enumerate(points)}
-        inside = [p.node for p in points[at.get(start, -1) + 1 : at[end] + 1]] if end in at else [end]
+        position = {node: i for i, node in enumerate(self.live.live)}
+        inside = [p.node for p in points if position.get(start, -1) < p.position < position[end]]
         found = end
-        for before in [*reversed(inside[:-1]), start]:
+        for before in [*reversed(inside), start]:
             if not self.position_wise(before, found):
                 break
             found = before
@@ -301,12 +326,7 @@ class _Naming:
         self.gm = gm
         self._point: dict[fx.Node, Point] = {}
         self._node: dict[tuple[str, str, int], fx.Node] = {}
-        symbols: dict[str, str] = {}
-        for node in gm.graph.find_nodes(op="placeholder"):
-            value = node.meta.get("val")
-            for size, name in zip(getattr(value, "shape", ()), ("B", "T"), strict=False):
-                if isinstance(size, torch.SymInt):
-                    symbols.setdefault(str(size), name)
+        symbols = _symbols(gm)
         counts: dict[tuple[str, str], int] = {}
         for node in gm.graph.nodes:
             if node.op not in ("placeholder", "call_function") or not is_float_tensor(node):
@@ -314,7 +334,7 @@ class _Naming:
             place = ("", "input") if node.op == "placeholder" else (module_path(node), str(node.target))
             index = counts[place] = counts.get(place, -1) + 1
             value = node.meta["val"]
-            shape = tuple(s if isinstance(s, int) else symbols.get(str(s), str(s)) for s in value.shape)
+            shape = tuple(s if isinstance(s, int) else _readable(str(s), symbols) for s in value.shape)
             self._point[node] = Point(*place, index, shape, str(value.dtype).removeprefix("torch."))
             self._node[(*place, index)] = node
 
@@ -349,6 +369,22 @@ class _Naming:
             expected=f"a module that runs after the first separator, for example {', '.join(known[:8])}",
             do="name the module that starts a region, as model.named_modules() spells it",
         )
+
+
+def _symbols(gm: fx.GraphModule) -> dict[str, str]:
+    """Names for the symbolic sizes of the inputs: B, T, and B2, T2 ... where inputs differ."""
+    names: dict[str, str] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        sizes = getattr(node.meta.get("val"), "shape", ())
+        for size, letter in zip(sizes, ("B", "T"), strict=False):
+            if isinstance(size, torch.SymInt) and str(size) not in names:
+                used = sum(name[0] == letter for name in names.values())
+                names[str(size)] = f"{letter}{used + 1}" if used else letter
+    return names
+
+
+def _readable(size: str, names: dict[str, str]) -> str:
+    return re.sub(r"[A-Za-z]\w*", lambda symbol: names.get(symbol[0], symbol[0]), size)
 
 
 def _fits(found: Sequence[int | str], wanted: Sequence[int | str]) -> bool:

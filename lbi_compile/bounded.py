@@ -347,8 +347,10 @@ class BoundedModule(nn.Module):
         self._seen = self._seen or _fingerprint(self)
 
     def _raise_if_other_rank(self, inputs: Inputs, error: PlanError) -> None:
-        if self._checks and not any(check.same_ranks(inputs) for check in self._checks.values()):
-            known = " or ".join(dict.fromkeys(map(str, self._checks.values())))
+        ranks = [leaf.dim() for leaf in inputs.leaves if isinstance(leaf, Tensor)]
+        alike = [check for check in self._checks.values() if len(check.ranks) == len(ranks)]
+        if alike and ranks not in [check.ranks for check in alike]:
+            known = " or ".join(dict.fromkeys(map(str, alike)))
             raise ShapeNotCapturedError(
                 f"inputs {describe_inputs(inputs)}, under which the model has other values at its boundaries",
                 expected=f"inputs with as many axes as those captured: {known}",
@@ -497,10 +499,10 @@ class ShapeCheck:
     def __str__(self) -> str:
         return ", ".join(f"{name} [{', '.join(map(str, sizes))}]" for name, sizes in filter(None, self.inputs))
 
-    def same_ranks(self, inputs: Inputs) -> bool:
-        """The inputs are as many, and have as many axes, as those captured."""
-        ranks = [leaf.dim() if isinstance(leaf, Tensor) else None for leaf in inputs.leaves]
-        return ranks == [None if wanted is None else len(wanted[1]) for wanted in self.inputs]
+    @property
+    def ranks(self) -> list[int]:
+        """Number of axes of each input tensor."""
+        return [len(sizes) for _, sizes in filter(None, self.inputs)]
 
     def raise_if_coupled(self, engine: str) -> None:
         """Refuse the scan where samples mix.

@@ -184,7 +184,8 @@ def capture(model: nn.Module, inputs: Inputs, *, ladder: tuple[tuple[str, ...], 
         name = "+".join(rung) or "static"
         try:
             with undisturbed(model), unset_fake_temporarily(), silent_export():
-                program = torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
+                fresh = _fresh(inputs)
+                program = torch.export.export(model, fresh.args, fresh.kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # every failure of the exporter is a reason to try the next rung
             first = first or error
             if _is_data_dependent(error):
@@ -194,7 +195,7 @@ def capture(model: nn.Module, inputs: Inputs, *, ladder: tuple[tuple[str, ...], 
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
         return Capture(
-            module, inputs, _really_dynamic(module, inputs, rung), program.call_spec.out_spec, tuple(refused)
+            module, _fresh(inputs), _really_dynamic(module, inputs, rung), program.call_spec.out_spec, tuple(refused)
         )
     assert first is not None
     raise _why_not(model, inputs, first) from first
@@ -269,6 +270,23 @@ def describe_inputs(inputs: Inputs) -> str:
     return "(" + ", ".join([*(one(value) for value in inputs.args), *named]) + ")"
 
 
+def _fresh(inputs: Inputs) -> Inputs:
+    """The inputs as other tensors on the same memory: the exporter leaves marks on those it is given.
+
+    Tensors made in inference mode are copied, for no gradient may be taken of them.
+    """
+
+    def other(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        same = leaf.clone() if leaf.is_inference() else leaf.detach()
+        return same.requires_grad_(leaf.requires_grad)
+
+    with torch.inference_mode(False):
+        args, kwargs = pytree.tree_map(other, (inputs.args, inputs.kwargs))
+    return Inputs(args, kwargs)
+
+
 def _at_least_two(inputs: Inputs) -> Inputs:
     """Repeat a batch of one: the exporter would bake the size in. The first tensor tells the batch size."""
     sizes = [leaf.shape[0] for leaf in inputs.leaves if isinstance(leaf, Tensor) and leaf.dim()]
@@ -300,21 +318,24 @@ def _distinct(inputs: Inputs) -> Inputs:
 
 
 def _dynamic_shapes(model: nn.Module, inputs: Inputs, rung: tuple[str, ...]) -> dict[str, Any] | None:
-    """The exporter's ``dynamic_shapes``: axis 0 where it has the batch size, axis 1 where it has the length."""
+    """The exporter's ``dynamic_shapes``: axis 0 where it has the batch size, axis 1 where it has the length.
+
+    The rung asks it of the first tensor that has the axis; other sizes may be equal to its size by chance.
+    """
     tensors = [leaf for leaf in inputs.leaves if isinstance(leaf, Tensor) and leaf.dim()]
     batch = tensors[0].shape[0] if tensors else 0
     # a sequence is integers [B, T] or floats [B, T, D]; a float matrix is features, four axes are an image
-    lengths = [t.shape[1] for t in tensors if t.dim() == 3 or (t.dim() == 2 and not t.is_floating_point())]
-    length = lengths[0] if lengths else 0
+    sequences = [t for t in tensors if t.dim() == 3 or (t.dim() == 2 and not t.is_floating_point())]
+    length = sequences[0].shape[1] if sequences else 0
 
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.dim():
             return None
         axes: dict[int, Any] = {}
         if "batch" in rung and leaf.shape[0] == batch > 1:
-            axes[0] = Dim.DYNAMIC
+            axes[0] = Dim.DYNAMIC if leaf is tensors[0] else Dim.AUTO
         if "sequence" in rung and leaf.dim() in (2, 3) and leaf.shape[1] == length > 1:
-            axes[1] = Dim.DYNAMIC
+            axes[1] = Dim.DYNAMIC if sequences and leaf is sequences[0] else Dim.AUTO
         return axes or None
 
     try:

@@ -314,8 +314,9 @@ def _check(analysis: Analysis, interface: nn.Module) -> ShapeCheck:
             wanted.append(None)
             continue
         for size, name in zip(value.shape, ("B", "T"), strict=False):
-            if isinstance(size, torch.SymInt):
-                names.setdefault(str(size), name)
+            if isinstance(size, torch.SymInt) and str(size) not in names:
+                taken = sum(known.startswith(name) for known in names.values())
+                names[str(size)] = f"{name}{taken + 1}" if taken else name
         sizes = tuple(size if isinstance(size, int) else names.get(str(size), str(size)) for size in value.shape)
         wanted.append((str(node.target), sizes))
     return ShapeCheck(wanted, _coupling(analysis, interface))

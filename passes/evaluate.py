@@ -40,23 +40,21 @@ class Evaluator:
 
     def function(self, source: fx.Node, sink: fx.Node) -> Callable[[Tensor], Tensor]:
         """The graph between two nodes as a function of one float tensor; every other value is as in the run."""
-        position = {node: i for i, node in enumerate(self.gm.graph.nodes)}
-        between = [
-            node
-            for node in self.gm.graph.nodes
-            if position[source] < position[node] <= position[sink] and self.live.kind.get(node) == LIVE
-        ]
-
+        nodes = list(self.gm.graph.nodes)
+        between = nodes[nodes.index(source) + 1 : nodes.index(sink) + 1]
+        live = [node for node in between if self.live.kind.get(node) == LIVE]
         # nodes that write to memory need it as it was at the source, and would spoil the values that are kept
-        writes = any(is_mutating(node) for node in between)
+        writes = any(is_mutating(node) for node in live)
 
         def run(value: Tensor) -> Tensor:
             interpreter = _OnCopies(self.gm)
             with self._draws() as rewind:
-                before = self._until(source) if writes else self.values
-                interpreter.env = {**before, source: value}
+                if writes:
+                    interpreter.env = {**self._until(source), source: value.clone()}
+                else:
+                    interpreter.env = {**self.values, source: value}
                 rewind()
-                for node in between:
+                for node in between if writes else live:
                     interpreter.env[node] = interpreter.run_node(node)
             return interpreter.env[sink]
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lbi_compile.errors import NoSeparatorError, TooManyRegionsError
+from lbi_compile.errors import NoSeparatorError, RegionsError, TooManyRegionsError
 from lbi_compile.passes.liveness import INPUT, Liveness
 from lbi_compile.passes.separators import Separator
-from lbi_compile.plan import Decision
+from lbi_compile.plan import Decision, Point
 
 # a step between two separators counts as work from this share of the median step with FLOPs on
 HEAVY = 0.05
@@ -50,12 +50,13 @@ def partition(
     cost: Mapping[fx.Node, int],
     flops: Mapping[fx.Node, int],
     leaves_finish: Callable[[fx.Node, fx.Node], bool],
-    describe: Callable[[fx.Node], str],
+    describe: Callable[[fx.Node], Point],
 ) -> Partition:
     """Choose canvas, ``K - 1`` boundaries and the head.
 
     The candidates are separators of one shape and dtype: the shape whose separators span most of the cost. The canvas
     is the last of them before the first heavy step, the head starts at the first of them after the last heavy one.
+    A model may end without a head, where its output has that shape and its last step does as much as the others.
     Between them, dynamic programming finds cuts whose largest region is as small as possible, then of those the most
     even; cuts that leave a finish are preferred while the largest region grows by no more than ``FINISH_SLACK``.
 
@@ -66,10 +67,11 @@ def partition(
         cost: Work of each node, for balance.
         flops: Matrix FLOPs of each node, to tell work from bookkeeping.
         leaves_finish: Whether the step between two neighbouring candidates is position-wise.
-        describe: Readable name of a node, for messages.
+        describe: Name and shape of a node, for messages.
 
     Raises:
-        NoSeparatorError: No two separators share a shape, or a node asked for is no separator.
+        NoSeparatorError: A node asked for is no separator.
+        RegionsError: A node is asked for twice.
         TooManyRegionsError: Fewer candidates than ``regions - 1``; the message names them.
     """
     weight = list(accumulate((cost.get(node, 0) for node in live.live), initial=0))
@@ -77,7 +79,13 @@ def partition(
     group = _group(points, weight)
     wanted = regions if isinstance(regions, int) else len(regions) + 1
     source = _input_canvas(live, group, work)
-    chain = [*([Separator(source, -1)] if source is not None else []), *group]
+    if source is None:
+        chain = group
+    else:  # what is made of the input without work is no further from it than the input, which may skip it
+        chain = [Separator(source, -1), *([point for point in group if work[point.position + 1]] or group)]
+    output = Separator(live.sinks[-1], len(live.live) - 1)
+    if chain and _is_layer(live, output, chain, work):
+        chain.append(output)
     if len(chain) < 2:
         if wanted == 1 and points:
             return Partition(points[0].node, (points[-1].node,), (), ())
@@ -94,9 +102,9 @@ def partition(
     canvas, end = chain[first], chain[last]
     steps_why = f"{len(heavy)} of {len(steps)} steps between its {len(chain)} separators do at least {floor:.3g} FLOPs"
     why = [
-        Decision("lane", _shape(canvas.node), "the shape whose separators span most of the work"),
-        Decision("canvas", describe(canvas.node), f"the last separator before the first heavy step; {steps_why}"),
-        Decision("head", f"after {describe(end.node)}", "the first separator after the last heavy step"),
+        Decision("lane", _shape(describe(canvas.node)), "the shape whose separators span most of the work"),
+        Decision("canvas", describe(canvas.node).name, f"the last separator before the first heavy step; {steps_why}"),
+        Decision("head", f"after {describe(end.node).name}", "the first separator after the last heavy step"),
     ]
     if isinstance(regions, int):
         if regions - 1 > len(inner):
@@ -109,7 +117,7 @@ def partition(
     why.append(
         Decision(
             "boundaries",
-            ", ".join(describe(c.node) for c in cuts) or "none",
+            ", ".join(describe(c.node).name for c in cuts) or "none",
             f"{reason}; largest over mean region {balance:.2f}, chosen among {len(inner)} places",
         )
     )
@@ -121,9 +129,22 @@ def _key(node: fx.Node) -> tuple[Any, ...]:
     return (tuple(str(size) for size in value.shape), str(value.dtype))
 
 
-def _shape(node: fx.Node) -> str:
-    sizes, dtype = _key(node)
-    return f"[{', '.join(sizes)}] {dtype.removeprefix('torch.')}"
+def _is_layer(live: Liveness, output: Separator, chain: Sequence[Separator], work: Sequence[int]) -> bool:
+    """The model's only output continues the chain: last live node, of its shape, behind a step of at least half the median."""
+    node = output.node
+    if (
+        len(live.sinks) > 1
+        or node is not live.live[-1]
+        or node in live.overwritten
+        or _key(node) != _key(chain[-1].node)
+    ):
+        return False
+    steps = [work[b.position + 1] - work[a.position + 1] for a, b in pairwise([*chain, output])]
+    return steps[-1] > 0 and 2 * steps[-1] >= median(step for step in steps if step)
+
+
+def _shape(point: Point) -> str:
+    return f"[{', '.join(map(str, point.shape))}] {point.dtype}"
 
 
 def _group(points: Sequence[Separator], weight: Sequence[int]) -> list[Separator]:
@@ -136,8 +157,8 @@ def _group(points: Sequence[Separator], weight: Sequence[int]) -> list[Separator
 
 
 def _input_canvas(live: Liveness, group: Sequence[Separator], work: Sequence[int]) -> fx.Node | None:
-    """An input of the boundaries' shape, where the first heavy step reads it and nothing live could be the canvas."""
-    if not group or not work[group[0].position + 1]:
+    """An input of the boundaries' shape, where no separator comes before the work or all that do are skipped by it."""
+    if not group:
         return None
     stem = live.live[: group[0].position + 1]
     reads = {
@@ -147,7 +168,10 @@ def _input_canvas(live: Liveness, group: Sequence[Separator], work: Sequence[int
         if live.kind.get(before) == INPUT and isinstance(before.meta.get("val"), Tensor)
     }
     fitting = [node for node in reads if _key(node) == _key(group[0].node) and node not in live.overwritten]
-    return fitting[0] if len(fitting) == 1 and len(reads) == 1 else None
+    if len(fitting) != 1 or len(reads) != 1:
+        return None
+    late = any(fitting[0] in live.waits[node] for node in live.live[group[0].position + 1 :])
+    return fitting[0] if work[group[0].position + 1] or late else None
 
 
 def _balanced(
@@ -220,21 +244,28 @@ def _least_largest(at: Sequence[int], regions: int) -> int:
 
 
 def _named(
-    inner: Sequence[Separator], wanted: Sequence[fx.Node], describe: Callable[[fx.Node], str]
+    inner: Sequence[Separator], wanted: Sequence[fx.Node], describe: Callable[[fx.Node], Point]
 ) -> list[Separator]:
     by_node = {p.node: p for p in inner}
     missing = [node for node in wanted if node not in by_node]
     if missing:
         raise NoSeparatorError(
-            f"boundaries asked for at {', '.join(describe(n) for n in missing)}",
-            expected=f"places where one tensor carries everything: {', '.join(describe(p.node) for p in inner)}",
-            do="name modules whose output is such a place, or give a number of regions",
+            f"boundaries asked for at {', '.join(describe(n).name for n in missing)}",
+            expected=f"places where one tensor carries everything: {', '.join(describe(p.node).name for p in inner)}",
+            do="name modules that start at such a place, or give a number of regions",
+        )
+    twice = [node for i, node in enumerate(wanted) if node in wanted[:i]]
+    if twice:
+        raise RegionsError(
+            f"two regions asked for that start at {describe(twice[0]).name}",
+            expected="another place for each region",
+            do="name each module once, and of modules that start together only one",
         )
     return sorted((by_node[node] for node in wanted), key=lambda p: p.position)
 
 
-def _too_many(wanted: int, inner: Sequence[fx.Node], describe: Callable[[fx.Node], str]) -> TooManyRegionsError:
-    places = ", ".join(describe(node) for node in inner) or "none"
+def _too_many(wanted: int, inner: Sequence[fx.Node], describe: Callable[[fx.Node], Point]) -> TooManyRegionsError:
+    places = ", ".join(describe(node).name for node in inner) or "none"
     return TooManyRegionsError(
         f"{wanted} regions asked for, {len(inner)} places to cut: {places}",
         expected=f"at most {len(inner) + 1} regions",

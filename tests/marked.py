@@ -104,7 +104,7 @@ class Pooled(nn.Module):
 class Token(nn.Module):
     """K parallel regions with a latent per position, carried by a GRU or a linear cell; markers 1 to K - 1."""
 
-    def __init__(self, cell: str, *, K: int = 5, d: int = 8, r: int = 4) -> None:
+    def __init__(self, cell: str, *, K: int = 4, d: int = 8, r: int = 4) -> None:
         super().__init__()
         self.r = r
         self.stem, self.head = nn.Linear(6, d), nn.Linear(d, 7)

@@ -161,7 +161,7 @@ def _step(b: Builder, x: fx.Node, sizes: tuple[int, ...], dim: int, other: fx.No
         cut,
         lambda: b.call(aten.index_select.default, x, dim, constant(choose([2, size]), high=size)),
         lambda: b.call(aten.gather.default, x, dim, constant(*sizes, high=size)),
-        lambda: b.call(aten.scatter_add.default, x, dim, constant(*sizes, high=size), other),
+        lambda: b.call(aten.scatter_add.default, other, dim, constant(*sizes, high=size), x),
         lambda: b.call(aten.index.Tensor, x, [*[None] * choose(range(n)), constant(2, 2, high=2)]),
         lambda: b.call(aten.index.Tensor, x, [constant(2, high=2), None, constant(2, high=2)]),
         lambda: b.call(aten.cat.default, [x, choose([other, constant(*sizes)])], dim),

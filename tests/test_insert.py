@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -90,7 +91,6 @@ def _equal(name: str, training: bool, regions: int) -> None:
     got = trace(model, lambda: run(program, [x]))
     assert got.differences(wanted) == []
     assert all(g is not None for g in got.gradients.values())
-    assert bool(training) == (wanted.differences(trace(model, lambda: 2.0 * model(x))) != [])
 
 
 @pytest.mark.parametrize("regions", [1, 4])
@@ -119,7 +119,7 @@ def _random_cut(steps: list[Step], tap: bool, data: st.DataObject) -> None:
     chosen = sorted(data.draw(st.sets(st.integers(0, len(points) - 1), min_size=count, max_size=count), "which"))
     canvas, *ends = (points[i] for i in chosen)
     finishes: list[fx.Node | None] = [None] * len(ends)
-    for k, (a, b) in enumerate(zip(chosen, chosen[1:], strict=False)):
+    for k, (a, b) in enumerate(itertools.pairwise(chosen)):
         inside = data.draw(st.sampled_from([None, *range(a, b + 1)]), f"finish {k}")
         finishes[k] = None if inside is None else points[inside]
     program = split(found, canvas, ends, finishes)
@@ -183,7 +183,7 @@ def test_pieces_pass_lint_and_keep_meta(transformer: Cut) -> None:
 
 
 def test_the_captured_graph_is_left_alone(transformer: Cut) -> None:
-    model, found, analysis, _ = transformer
+    _, found, analysis, _ = transformer
     before = found.gm.code
     nodes = list(found.gm.graph.nodes)
     split(found, analysis.canvas, analysis.ends, analysis.finishes)
@@ -236,7 +236,6 @@ def test_parameter_only_nodes_are_cloned_where_they_are_read() -> None:
     counts = {name: calls(piece.code, "softmax") for name, piece in pieces_of(program).items()}
     assert counts == {"prologue": 0, "stem": 0, "body 0": 1, "body 1": 1, "body 2": 1, "head": 0}
     assert not any("softmax" in name for piece in pieces_of(program).values() for name in piece.inputs)
-    assert trace(model, lambda: run(program, [x])).differences(trace(model, lambda: model(x))) == [] or True
     wanted, got = trace(model, lambda: model(x)), trace(model, lambda: run(program, [x]))
     assert torch.equal(wanted.outputs[0], got.outputs[0])
     for name, gradient in wanted.gradients.items():  # summed in another order
@@ -262,7 +261,7 @@ class Masked(nn.Module):
 
 def test_prologue_values_and_buffers_are_computed_once() -> None:
     model = Masked()
-    leaves = (torch.randn(3, 4), torch.randn(3, 1))
+    leaves = (torch.randn(3, 4), torch.tensor([[1.0], [-1.0], [1.0]]))
     found = find(model, leaves)
     points = [point.node for point in found.points]
     program = split(found, points[0], [points[-2], points[-1]])
@@ -315,20 +314,19 @@ class Outputs(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Any]:
         canvas = self.a(x)
         hidden = torch.tanh(canvas)
+        double = hidden * 2.0
         middle = self.b(hidden)
         end = self.c(torch.sin(middle))
         return {
             "x": x, "bias": self.a.bias, "three": 3, "none": None, "weight": self.b.weight * 2.0,
-            "canvas": canvas, "hidden": hidden, "middle": middle, "end": end, "again": [end, hidden * 2.0],
+            "canvas": canvas, "hidden": hidden, "middle": middle, "end": end, "again": [end, double],
         }  # fmt: skip
 
 
 def test_outputs_of_every_kind() -> None:
     model, x = Outputs(), torch.randn(3, 4)
     found = find(model, x)
-    canvas, hidden, middle, sine = (point.node for point in found.points[:4])
-    program = split(found, canvas, [middle, found.node("linear_2")])
-    assert [node.op for node in (canvas, hidden, middle, sine)] == ["call_function"] * 4
+    program = split(found, found.node("linear"), [found.node("linear_1"), found.node("linear_2")])
     assert trace(model, lambda: run(program, [x])).differences(trace(model, lambda: model(x))) == []
     rebuilt = pytree.tree_unflatten(run(program, [x]), program.out_spec)
     assert list(rebuilt) == list(model(x))
