@@ -73,6 +73,7 @@ __all__ = [
     "no_new_guards",
     "pytree",
     "quiet_about_gradients",
+    "same_shape",
     "same_size",
     "silent_export",
     "unset_fake_temporarily",
@@ -119,17 +120,17 @@ def dynamic_sizes(tensor: torch.Tensor, axes: Sequence[int]) -> Iterator[None]:
     """Ask Dynamo for a symbol of its own for these sizes; one it has to fix all the same is no error."""
     import torch._dynamo
 
-    mark = "_dynamo_weak_dynamic_indices"
-    before = set(getattr(tensor, mark, ()))
+    # Dynamo keeps its marks as attributes of the tensor object, under names that change
+    before = {name: set(value) if isinstance(value, set) else value for name, value in vars(tensor).items()}
     for axis in axes:
         torch._dynamo.maybe_mark_dynamic(tensor, axis)
     try:
         yield
     finally:
-        if before:
-            setattr(tensor, mark, before)
-        else:
-            tensor.__dict__.pop(mark, None)
+        for name in [name for name in vars(tensor) if name not in before]:
+            delattr(tensor, name)
+        for name, value in before.items():
+            setattr(tensor, name, value)
 
 
 @contextlib.contextmanager
@@ -150,6 +151,11 @@ def same_size(a: Any, b: Any) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return _expression(a) == _expression(b)
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Two shapes are provably equal, without a guard."""
+    return len(a) == len(b) and all(map(same_size, a, b))
 
 
 def _expression(size: Any) -> Any:
@@ -200,14 +206,16 @@ def no_new_guards(fake_mode: Any) -> Iterator[None]:
 def silent_export() -> Iterator[None]:
     """``torch.export`` logs, and prints to stderr, whole graphs and tracebacks of what it then raises as an error too.
 
-    What the model itself prints to stderr is passed on, unless the export fails.
+    What the model itself prints to stderr is passed on, unless the export fails. So are warnings, but for the one that
+    recurrent layers keep a list of their weights.
     """
     logs = [logging.getLogger(name) for name in _EXPORT_LOGS]
     said = io.StringIO()
     for log in logs:
         log.addFilter(_nothing)
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"The tensor attributes? self\.[\w.]*_flat_weights", UserWarning)
             yield
         sys.stderr.write(said.getvalue())
     finally:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -14,17 +12,18 @@ from torch import Tensor, fx, nn
 
 from .bounded import Options
 from .capture import Capture
-from .errors import PlanError, RegionsError
+from .errors import PlanError
 from .interfaces import interface_class, tokens_per_chunk
+from .naming import Naming, class_name
 from .passes import axes
 from .passes.costs import Costs, costs
 from .passes.evaluate import Evaluator
-from .passes.liveness import LIVE, NUMBER, PARAMETER, PARAMETER_ONLY, Liveness, is_float_tensor, liveness
-from .passes.names import module_path
+from .passes.liveness import LIVE, NUMBER, Liveness, is_float_tensor, liveness
 from .passes.partition import Partition, partition
 from .passes.separators import Separator, separators
-from .passes.validate import has_identity_path, settle_interface, settle_readout
-from .plan import Decision, Part, PassRecord, Plan, Point, RegionPlan
+from .passes.validate import NOT_LATER, has_identity_path, settle_interface, settle_readout
+from .plan import Decision, Part, PassRecord, Plan
+from .summary import capture_why, parts, write_plan
 
 _T = TypeVar("_T")
 
@@ -79,7 +78,7 @@ class Analysis:
         assert self.position_axis is not None
         index = list(leaves).index(self.sink)
         canvas = self.evaluator.values[self.canvas]
-        return axes.probe_axis(lambda x: function(x)[index], canvas, axis_in=1, axis_out=self.position_axis).kind
+        return _measure(lambda x: function(x)[index], canvas, self.position_axis)
 
 
 class _Clock:
@@ -113,7 +112,7 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
     live = clock.run("liveness", lambda: liveness(gm), lambda x: f"{len(x.live)} of {len(gm.graph.nodes)} nodes live")
     cost = clock.run("costs", lambda: costs(gm, example=leaves), lambda x: f"{x.total_flops:.3g} FLOPs")
     points = clock.run("separators", lambda: separators(live), lambda x: f"{len(x)} one-lane separators")
-    naming = _Naming(gm, capture)
+    naming = Naming(gm, capture)
     evaluator = Evaluator(gm, live, leaves)
     steps = _Steps(live, cost, evaluator)
     cut = clock.run(
@@ -122,7 +121,7 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
         lambda x: f"{len(x.ends)} regions among {len(x.candidates)} places",
     )
     edges = [cut.canvas, *cut.ends]
-    residual = [has_identity_path(a, b) for a, b in zip(edges, cut.ends, strict=False)]
+    residual = [has_identity_path(a, b, memory=live.memory) for a, b in zip(edges, cut.ends, strict=False)]
     sink, position_axis = _positions(live, cut.canvas)
     dependence = clock.run(
         "axes",
@@ -148,7 +147,7 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
     split = interface_class(kind, cell).splits
     finishes = tuple(steps.finish(a, b, points) if split else None for a, b in zip(edges, cut.ends, strict=False))
     length = cost.shape.get(cut.canvas) or (0, 0)
-    made = _write(
+    made = write_plan(
         model, capture, live, cost, naming, cut.canvas, cut.ends, finishes, residual, split,
         interface=kind,
         cell=cell,
@@ -156,7 +155,7 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
         r=options.r,
         chunk=tokens_per_chunk(length[1], options.r) if kind == "chunked" else None,
         causal=None if dependence is None else dependence in ("causal", "position-wise"),
-        why=(*_capture_why(capture), *cut.why, *why, readout_why),
+        why=(*capture_why(capture), *cut.why, *why, readout_why),
         passes=tuple(clock.records),
     )  # fmt: skip
     return Analysis(capture, live, cost, cut.canvas, cut.ends, finishes, made, sink, position_axis, split, evaluator)
@@ -166,22 +165,21 @@ def locate(model: nn.Module, capture: Capture, plan: Plan) -> Analysis:
     """Find the places a plan names in another capture of the same model.
 
     Raises:
-        PlanError: A place is missing, has another shape or divides the layers otherwise, or the plan is of another model.
+        PlanError: A place is missing, has another shape or divides the layers otherwise; or the plan is of another
+            model.
     """
     gm = capture.graph_module
     live = liveness(gm)
-    naming = _Naming(gm, capture)
-    if plan.model != _class_name(model):
-        raise PlanError(
-            f"a plan of {plan.model}", expected=f"a plan of {_class_name(model)}", do="make one with plan()"
-        )
+    naming = Naming(gm, capture)
+    if plan.model != class_name(model):
+        raise PlanError(f"a plan of {plan.model}", expected=f"a plan of {class_name(model)}", do="make one with plan()")
     canvas = naming.find(plan.canvas)
     ends = tuple(naming.find(region.end) for region in plan.regions)
     finishes = tuple(naming.find(region.finish) if region.finish else None for region in plan.regions)
     leaves = tuple(capture.inputs.leaves)
     cost = costs(gm, example=leaves)
-    _, *divided = parts(gm, live, cost, canvas, ends)
-    _raise_if_moved(plan, divided[0], divided[1], divided[2])
+    _, stem, bodies, head = parts(gm, live, cost, canvas, ends)
+    _raise_if_moved(plan, stem, bodies, head)
     sink, position_axis = _positions(live, canvas)
     return Analysis(
         capture, live, cost, canvas, ends, finishes, plan, sink, position_axis,
@@ -210,12 +208,12 @@ def _raise_if_moved(plan: Plan, stem: Part, bodies: Sequence[Part], head: Part) 
 
 
 def _cut(
-    live: Liveness, points: Sequence[Separator], options: Options, cost: Costs, steps: _Steps, naming: _Naming
+    live: Liveness, points: Sequence[Separator], options: Options, cost: Costs, steps: _Steps, naming: Naming
 ) -> Partition:
     if options.regions == 1 and len(points) < 2:
         # one region is the whole model: it needs no separator
-        floats = [node for node in live.live if is_float_tensor(node)]
-        return Partition(floats[0], (floats[-1],), (), (Decision("boundaries", "none", "one region"),))
+        first = next(node for node in live.live if is_float_tensor(node))
+        return Partition(first, (live.sinks[-1],), (), (Decision("boundaries", "none", "one region"),))
     wanted: Any = options.regions
     if isinstance(options.regions, tuple):
         wanted = [naming.before_module(path, points) for path in options.regions]
@@ -306,8 +304,9 @@ def _positions(live: Liveness, canvas: fx.Node) -> tuple[fx.Node, int | None]:
     value = canvas.meta["val"]
     for sink in live.sinks if value.dim() == 3 else ():
         for axis, size in enumerate(sink.meta["val"].shape[1:], start=1):
-            # two fixed sizes may be equal by chance, so without symbols only the usual place counts
-            if str(size) == str(value.shape[1]) and (isinstance(size, torch.SymInt) or axis == 1):
+            # two fixed sizes may be equal by chance, so without symbols only [B, T, ...] counts
+            usual = axis == 1 and sink.meta["val"].dim() >= 3
+            if str(size) == str(value.shape[1]) and (isinstance(size, torch.SymInt) or usual):
                 return sink, axis
     return live.sinks[0], None
 
@@ -316,221 +315,12 @@ def _dependence(evaluator: Evaluator, canvas: fx.Node, sink: fx.Node, axis: int 
     function = _measurable(evaluator, canvas, sink)
     if axis is None or function is None:
         return None
-    return axes.probe_axis(function, evaluator.values[canvas], axis_in=1, axis_out=axis).kind
+    return _measure(function, evaluator.values[canvas], axis)
 
 
-class _Naming:
-    """Names nodes so that another capture of the same model finds them again."""
-
-    def __init__(self, gm: fx.GraphModule, capture: Capture) -> None:
-        self.gm = gm
-        self._point: dict[fx.Node, Point] = {}
-        self._node: dict[tuple[str, str, int], fx.Node] = {}
-        symbols = _symbols(gm)
-        counts: dict[tuple[str, str], int] = {}
-        for node in gm.graph.nodes:
-            if node.op not in ("placeholder", "call_function") or not is_float_tensor(node):
-                continue
-            place = ("", "input") if node.op == "placeholder" else (module_path(node), str(node.target))
-            index = counts[place] = counts.get(place, -1) + 1
-            value = node.meta["val"]
-            shape = tuple(s if isinstance(s, int) else _readable(str(s), symbols) for s in value.shape)
-            self._point[node] = Point(*place, index, shape, str(value.dtype).removeprefix("torch."))
-            self._node[(*place, index)] = node
-
-    def point(self, node: fx.Node) -> Point:
-        return self._point[node]
-
-    def find(self, point: Point) -> fx.Node:
-        node = self._node.get((point.module, point.op, point.index))
-        found = node and self._point[node].shape
-        if node is None or found is None or not _fits(found, point.shape):
-            raise PlanError(
-                f"no value {point.name} of shape {list(point.shape)} in this capture (found {found})",
-                expected="the model and mode the plan was made for",
-                do="make a new plan for this model",
-            )
-        return node
-
-    def before_module(self, path: str, points: Sequence[Separator]) -> fx.Node:
-        """The last separator before the first node of a module."""
-        seen = [point.node for point in points]
-        last = None
-        for node in self.gm.graph.nodes:
-            if any(p == path or p.startswith(path + ".") for p in _paths(node)):
-                if last is None:
-                    break
-                return last
-            if node in seen:
-                last = node
-        known = sorted({p for n in self.gm.graph.nodes for p in _paths(n) if p})
-        raise RegionsError(
-            f"regions names the module {path!r}",
-            expected=f"a module that runs after the first separator, for example {', '.join(known[:8])}",
-            do="name the module that starts a region, as model.named_modules() spells it",
-        )
-
-
-def _symbols(gm: fx.GraphModule) -> dict[str, str]:
-    """Names for the symbolic sizes of the inputs: B, T, and B2, T2 ... where inputs differ."""
-    names: dict[str, str] = {}
-    for node in gm.graph.find_nodes(op="placeholder"):
-        sizes = getattr(node.meta.get("val"), "shape", ())
-        for size, letter in zip(sizes, ("B", "T"), strict=False):
-            if isinstance(size, torch.SymInt) and str(size) not in names:
-                used = sum(name[0] == letter for name in names.values())
-                names[str(size)] = f"{letter}{used + 1}" if used else letter
-    return names
-
-
-def _readable(size: str, names: dict[str, str]) -> str:
-    return re.sub(r"[A-Za-z]\w*", lambda symbol: names.get(symbol[0], symbol[0]), size)
-
-
-def _fits(found: Sequence[int | str], wanted: Sequence[int | str]) -> bool:
-    """Equal rank, and equal sizes where both are fixed."""
-    return len(found) == len(wanted) and all(
-        a == b for a, b in zip(found, wanted, strict=True) if isinstance(a, int) and isinstance(b, int)
-    )
-
-
-def _paths(node: fx.Node) -> list[str]:
-    stack = node.meta.get("nn_module_stack") or {}
-    return [path.split("@")[0] for path, _ in stack.values() if not path.startswith("_empty")]
-
-
-def _class_name(model: nn.Module) -> str:
-    return f"{type(model).__module__}.{type(model).__qualname__}"
-
-
-def _capture_why(capture: Capture) -> tuple[Decision, ...]:
-    axes_kept = "+".join(capture.dynamic) or "none"
-    refused = "; ".join(f"{rung} refused: {why}" for rung, why in capture.refused)
-    return (Decision("dynamic axes", axes_kept, refused or "the exporter accepted the widest choice"),)
-
-
-def parts(
-    gm: fx.GraphModule, live: Liveness, cost: Costs, canvas: fx.Node, ends: Sequence[fx.Node]
-) -> tuple[Part, Part, tuple[Part, ...], Part]:
-    """Counts of prologue, stem, regions and head."""
-    position = {node: i for i, node in enumerate(live.live)}
-    edges = [position.get(canvas, -1), *(position[end] for end in ends)]
-    members: dict[int, list[fx.Node]] = {label: [] for label in range(-1, len(edges) + 1)}
-    label = 0
-    for i, node in enumerate(live.live):
-        while label < len(edges) and i > edges[label]:
-            label += 1
-        members[label].append(node)
-    ours = (PARAMETER, PARAMETER_ONLY, LIVE)
-    members[-1] = [n for n in gm.graph.nodes if n.op == "call_function" and live.kind.get(n) not in (*ours, NUMBER)]
-    home: dict[str, set[int]] = {}
-    for label, nodes in members.items():
-        for node in nodes:
-            for path in _paths(node):
-                home.setdefault(path, set()).add(label)
-    total = max(cost.total_flops, 1)
-
-    def one(label: int) -> Part:
-        nodes = members[label]
-        inside = [path for path, labels in home.items() if path and labels == {label}]
-        outer = [p for p in inside if not any(p.startswith(q + ".") for q in inside)]
-        flops = sum(cost.flops.get(node, 0) for node in nodes)
-        return Part(tuple(outer), len(nodes), _parameters(gm, live, nodes), flops, flops / total)
-
-    found = [one(label) for label in members]
-    return found[0], found[1], tuple(found[2:-1]), found[-1]
-
-
-def _parameters(gm: fx.GraphModule, live: Liveness, nodes: Iterable[fx.Node]) -> int:
-    seen: set[fx.Node] = set()
-    pending = [before for node in nodes for before in node.all_input_nodes]
-    found: dict[int, int] = {}
-    while pending:
-        node = pending.pop()
-        if node in seen or live.kind.get(node) not in (PARAMETER, PARAMETER_ONLY):
-            continue
-        seen.add(node)
-        if live.kind[node] == PARAMETER:
-            parameter = gm.get_parameter(str(node.target))
-            found[id(parameter)] = parameter.numel()
-        pending += node.all_input_nodes
-    return sum(found.values())
-
-
-def _crossing(interface: str, shape: Sequence[int], r: int) -> int:
-    """Numbers in one latent at a canvas of this shape."""
-    per_index = {"pooled": shape[:1], "chunked": shape[:1], "token": shape[:-1]}
-    if interface == "identity":
-        return prod(shape)
-    return prod(per_index[interface]) * r if interface in per_index else 0
-
-
-def _write(
-    model: nn.Module,
-    capture: Capture,
-    live: Liveness,
-    cost: Costs,
-    naming: _Naming,
-    canvas: fx.Node,
-    ends: Sequence[fx.Node],
-    finishes: Sequence[fx.Node | None],
-    residual: Sequence[bool],
-    split: bool,
-    **settled: Any,
-) -> Plan:
-    gm = capture.graph_module
-    prologue, stem, bodies, head = parts(gm, live, cost, canvas, ends)
-    shape = cost.shape[canvas] or ()
-    crossing = canvas.meta["val"].dtype.itemsize * _crossing(settled["interface"], shape, settled["r"])
-    regions: list[RegionPlan] = []
-    edges = [canvas, *ends]
-    for k, (body, end) in enumerate(zip(bodies, ends, strict=True)):
-        finish = finishes[k]
-        last = k == len(ends) - 1
-        why = [
-            Decision(
-                "residual",
-                "yes" if residual[k] else "no",
-                "path of additions from input to output" if residual[k] else "no such path",
-            )
-        ]
-        if split:
-            own = finish is end
-            why.append(
-                Decision(
-                    "finish",
-                    "the interface's own MLP" if own else f"from {naming.point(finish).name} on",
-                    "the region ends in an op that mixes positions" if own else "all later ops are position-wise",
-                )
-            )
-        regions.append(
-            RegionPlan(
-                index=k,
-                part=body,
-                start=naming.point(edges[k]),
-                end=naming.point(end),
-                finish=naming.point(finish) if finish is not None else None,
-                own_finish=split and finish is end,
-                forward_bytes=0 if last else crossing,
-                backward_bytes=0 if last else crossing,
-                residual=residual[k],
-                batch_independent=None,
-                why=tuple(why),
-            )
-        )
-    names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
-    return Plan(
-        model=_class_name(model),
-        regions=tuple(regions),
-        prologue=prologue,
-        stem=stem,
-        head=head,
-        canvas=naming.point(canvas),
-        dynamic=capture.dynamic,
-        inputs=tuple(
-            (name, tuple(leaf.shape))
-            for name, leaf in zip(names, capture.inputs.leaves, strict=True)
-            if isinstance(leaf, Tensor)
-        ),
-        **settled,
-    )
+def _measure(function: Callable[[Tensor], Tensor], canvas: Tensor, axis: int) -> str:
+    """Dependence by gradient, and where that finds none on later positions, by value."""
+    kind = axes.probe_axis(function, canvas, axis_in=1, axis_out=axis).kind
+    if kind in NOT_LATER and axes.sees_later(function, canvas, axis_in=1, axis_out=axis):
+        return "mixed"
+    return kind

@@ -9,7 +9,7 @@ from torch import fx
 
 from lbi_compile import _torch
 from lbi_compile.errors import OptionError
-from lbi_compile.passes import batch_cotangents, jacobian_slices, linearity
+from lbi_compile.passes import batch_cotangents, jacobian_slices, linearity, splicing
 from lbi_compile.passes import scan_backward as scan_backward_file
 from lbi_compile.passes.scan_backward import ScanRecord, erase_markers, scan_backward
 
@@ -103,7 +103,7 @@ def _rewrite(graph: fx.Graph) -> None:
 
 def rewrite_sources() -> tuple[str, ...]:
     """Files on which the rewrite depends; Inductor's caches must miss when one of them changes."""
-    modules = (batch_cotangents, jacobian_slices, linearity, scan_backward_file, _torch)
+    modules = (batch_cotangents, jacobian_slices, linearity, splicing, scan_backward_file, _torch)
     return tuple(str(module.__file__) for module in modules)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,15 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from . import engines
-from ._torch import dispatch_mode_active, dynamic_sizes, fresh_code, pytree, quiet_about_gradients
+from ._torch import dispatch_mode_active, fresh_code, pytree
 from .backend import eager_backend
+from .calls import ShapeCheck, call_signature
 from .capture import Inputs, bind, describe_inputs, signature
 from .errors import (
-    BatchCouplingError,
     DoubleBackwardError,
     EngineError,
     LBIError,
-    NotBuiltError,
     PlanError,
     ShapeNotCapturedError,
     StaleCaptureError,
@@ -31,6 +29,7 @@ from .kernels import ops
 from .passes.insert import OutputName, Program, RegionPieces
 from .passes.scan_backward import ScanRecord
 from .plan import Plan
+from .unbuilt import Unbuilt, not_built
 
 _chains = itertools.count()
 
@@ -133,13 +132,14 @@ class BoundedModule(nn.Module):
         self._request = options.backward
         self._retarget: torch.dtype | None = None
         self._forget()
-        self._modules["lbi"] = _Unbuilt()
+        self._modules["lbi"] = Unbuilt()
 
     def _forget(self) -> None:
         """Drop everything that is derived from the model by capture and compilation; it is made anew when needed."""
         self._chain = next(_chains)
         self._programs: dict[Any, Program] = {}
         self._checks: dict[Any, Any] = {}
+        self._known: dict[Any, Any] = {}
         self._compiled: dict[Any, Any] = {}
 
     # -- what users look at
@@ -147,13 +147,13 @@ class BoundedModule(nn.Module):
     @property
     def plan(self) -> Plan:
         if self._plan is None:
-            raise _not_built("plan")
+            raise not_built("plan")
         return self._plan
 
     @property
     def regions(self) -> tuple[Region, ...]:
         if self._plan is None:
-            raise _not_built("regions")
+            raise not_built("regions")
         return self._regions
 
     @property
@@ -166,6 +166,19 @@ class BoundedModule(nn.Module):
     def source(self) -> nn.Module:
         """The model that was transformed."""
         return self._source[0]
+
+    @property
+    def interface(self) -> Interface:
+        """What crosses the boundaries; its parameters are those under ``lbi.``."""
+        interface = self._modules["lbi"]
+        if not isinstance(interface, Interface):
+            raise not_built("interface")
+        return interface
+
+    @property
+    def boundaries(self) -> int:
+        """How many latents cross between regions."""
+        return len(self.interface.latents)
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -230,7 +243,7 @@ class BoundedModule(nn.Module):
         if not torch.is_grad_enabled() or not self._needs_gradient(leaves):
             self._engine = engines.Engine("none", "no gradient was asked for")
             return self._run(program, leaves, marked=False, taps=taps)
-        boundaries = self._boundaries()
+        boundaries = self.boundaries
         engine = engines.choose(self._request, boundaries=boundaries)
         if engine.name == engines.SCAN and boundaries >= 2:
             self._checks_of(program).raise_if_coupled(engines.SCAN)
@@ -277,11 +290,11 @@ class BoundedModule(nn.Module):
         values: dict[str, Any] = dict(zip(program.inputs, leaves, strict=True))
         program.prologue.run(values)
         program.stem.run(values)
-        interface = self._modules["lbi"]
-        canvas = values[program.canvas] if canvas is None else canvas
-        total = canvas
+        interface = self.interface
+        canvas = total = values[program.canvas] if canvas is None else canvas
+        assert canvas is not None
         m = interface.initial(canvas)
-        summed = self._plan.readout == "sum"
+        summed = self.plan.readout == "sum"
         hs, ms = [], []
         h = canvas
         for region, pieces in zip(self._regions, program.regions, strict=True):
@@ -316,44 +329,41 @@ class BoundedModule(nn.Module):
             p.requires_grad for p in self.parameters()
         )
 
-    def _boundaries(self) -> int:
-        return len(self._modules["lbi"].latents)
-
     # -- capture on demand
 
     def _key(self, inputs: Inputs) -> Any:
-        return (self.training, _signature(inputs.args), _signature(inputs.kwargs))
+        return (self.training, call_signature(inputs.args), call_signature(inputs.kwargs))
 
     def _program(self, inputs: Inputs) -> Program:
         if self._plan is None:
             self.build(inputs)
         self._raise_if_stale()
-        key = self._key(inputs)
-        if key not in self._programs or self._checks[key].modes != self._modes():
-            from .transform import build_program
-
-            try:
-                made = build_program(self, inputs)
-            except PlanError as error:
-                self._raise_if_other_rank(inputs, error)
-                raise
-            self._remember(inputs, *made)
+        key, modes = self._key(inputs), self._modes()
+        if key not in self._programs or self._checks[key].modes != modes:
+            if (key, modes) not in self._known:
+                self._remember(inputs, *self._build_program(inputs))
+            self._programs[key], self._checks[key] = self._known[key, modes]
         self._checks[key](inputs)
         return self._programs[key]
 
     def _remember(self, inputs: Inputs, program: Program, check: ShapeCheck) -> None:
-        check.modes = self._modes()
-        self._programs[self._key(inputs)], self._checks[self._key(inputs)] = program, check
+        key, check.modes = self._key(inputs), self._modes()
+        self._programs[key], self._checks[key] = self._known[key, check.modes] = program, check
         self._seen = self._seen or _fingerprint(self)
 
-    def _raise_if_other_rank(self, inputs: Inputs, error: PlanError) -> None:
-        ranks = [leaf.dim() for leaf in inputs.leaves if isinstance(leaf, Tensor)]
-        alike = [check for check in self._checks.values() if len(check.ranks) == len(ranks)]
-        if alike and ranks not in [check.ranks for check in alike]:
-            known = " or ".join(dict.fromkeys(map(str, alike)))
+    def _build_program(self, inputs: Inputs) -> tuple[Program, ShapeCheck]:
+        from .transform import build_program
+
+        try:
+            return build_program(self, inputs)
+        except PlanError as error:
+            ranks = [leaf.dim() for leaf in inputs.leaves if isinstance(leaf, Tensor)]
+            alike = [check for check in self._checks.values() if len(check.ranks) == len(ranks)]
+            if not alike or ranks in [check.ranks for check in alike]:
+                raise
             raise ShapeNotCapturedError(
                 f"inputs {describe_inputs(inputs)}, under which the model has other values at its boundaries",
-                expected=f"inputs with as many axes as those captured: {known}",
+                expected=f"inputs with as many axes as those captured: {' or '.join(dict.fromkeys(map(str, alike)))}",
                 do="give such inputs, or transform again with example inputs of this shape",
             ) from error
 
@@ -378,7 +388,7 @@ class BoundedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for derived in ("_programs", "_checks", "_compiled", "_chain", "_seen"):
+        for derived in ("_programs", "_checks", "_known", "_compiled", "_chain", "_seen"):
             state.pop(derived)
         return state
 
@@ -393,36 +403,6 @@ class BoundedModule(nn.Module):
         if _placement(self) != before:
             self._forget()  # devices and dtypes are baked into captured code
         return self
-
-
-class _Unbuilt(nn.Module):
-    """Stands for the interfaces of a bounded model that has seen no inputs: an optimizer cannot be built yet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_parameter("unbuilt", _UnbuiltParameter())
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        raise _not_built("interface parameters to save")
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        if any(key.startswith(prefix) for key in state_dict):
-            raise _not_built("interface parameters to load into")
-
-
-class _UnbuiltParameter(nn.UninitializedParameter):
-    @property
-    def is_leaf(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        # the one property of a parameter that every optimizer asks for before it accepts it
-        raise _not_built("parameters for an optimizer")
-
-
-def _not_built(what: str) -> NotBuiltError:
-    return NotBuiltError(
-        f"a bounded model without {what}: it was transformed without example inputs and not called yet",
-        expected="one call, which captures the model and makes the interface parameters",
-        do="call bounded(x) once, or pass example_inputs to transform, before asking for this",
-    )
 
 
 def _refuse_double_backward(grad: Tensor) -> None:
@@ -447,17 +427,6 @@ def _assemble(program: Program, flat: list[Any], hs: tuple[Any, ...], ms: tuple[
     return (out, Taps(hs, ms)) if hs else out
 
 
-def _signature(value: Any) -> Any:
-    """What a capture depends on: structure, rank and dtype of tensors, and every constant."""
-    if isinstance(value, Tensor):
-        return ("tensor", value.dim(), value.dtype)
-    if isinstance(value, Mapping):
-        return ("map", tuple((key, _signature(value[key])) for key in value))
-    if isinstance(value, (tuple, list)):
-        return ("row", tuple(_signature(item) for item in value))
-    return (type(value), value)  # 1, 1.0 and True are equal, and not the same constant
-
-
 def _fingerprint(bounded: BoundedModule) -> tuple[Any, ...]:
     """Every submodule by name with its hooks; those of the bounded model too, which has a list of its own."""
     own = [(name, child) for name, child in bounded.named_children() if name != "lbi"]
@@ -476,70 +445,3 @@ def _fingerprint(bounded: BoundedModule) -> tuple[Any, ...]:
 
 def _placement(model: nn.Module) -> set[Any]:
     return {(t.device, t.dtype) for t in itertools.chain(model.parameters(), model.buffers())}
-
-
-class ShapeCheck:
-    """Compares a call with what a program was captured for.
-
-    Args:
-        inputs: For each input leaf its name and captured sizes (an ``int`` is fixed, a name may vary), or ``None``.
-        coupled: Why samples mix where the scan needs them apart; ``None`` where they do not.
-
-    Attributes:
-        modes: Training flag of every submodule at capture.
-    """
-
-    def __init__(
-        self, inputs: list[tuple[str, tuple[int | str, ...]] | None], coupled: BatchCouplingError | None
-    ) -> None:
-        self.inputs = inputs
-        self.coupled = coupled
-        self.modes: tuple[bool, ...] = ()
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} [{', '.join(map(str, sizes))}]" for name, sizes in filter(None, self.inputs))
-
-    @property
-    def ranks(self) -> list[int]:
-        """Number of axes of each input tensor."""
-        return [len(sizes) for _, sizes in filter(None, self.inputs)]
-
-    def raise_if_coupled(self, engine: str) -> None:
-        """Refuse the scan where samples mix.
-
-        Raises:
-            BatchCouplingError: They do.
-        """
-        if engine == engines.SCAN and self.coupled is not None:
-            raise copy.copy(self.coupled)  # an error that is raised holds on to the frames it passed
-
-    @contextlib.contextmanager
-    def marked_sizes(self, leaves: list[Any]) -> Iterator[None]:
-        """Inside, the sizes that may vary are marked for Dynamo on the caller's tensors; afterwards no mark is left.
-
-        Marks rather than ``dynamic=True``, under which fixed sizes and constants of layers become symbols too.
-        """
-        with contextlib.ExitStack() as stack:
-            for leaf, wanted in zip(leaves, self.inputs, strict=True):
-                axes = [axis for axis, size in enumerate(wanted[1]) if isinstance(size, str)] if wanted else []
-                if axes:
-                    stack.enter_context(dynamic_sizes(leaf, axes))
-                if wanted and leaf.requires_grad and not leaf.is_leaf:
-                    stack.enter_context(quiet_about_gradients())
-            yield
-
-    def __call__(self, inputs: Inputs) -> None:
-        bound: dict[str, int] = {}
-        for leaf, wanted in zip(inputs.leaves, self.inputs, strict=True):
-            if wanted is None:
-                continue
-            name, sizes = wanted
-            for axis, (size, want) in enumerate(zip(leaf.shape, sizes, strict=True)):
-                expected = bound.setdefault(want, size) if isinstance(want, str) else want
-                if size != expected:
-                    captured = ", ".join(map(str, sizes))
-                    raise ShapeNotCapturedError(
-                        f"{name} of shape {list(leaf.shape)}: size {size} on axis {axis}",
-                        expected=f"[{captured}], where a name stands for any size and equal names for equal sizes",
-                        do="give inputs of the captured sizes, or transform again with example inputs of this shape",
-                    )

@@ -252,7 +252,7 @@ def _user_frame(error: BaseException) -> str | None:
             found = frames[-1]
             break
         seen = seen.__cause__ or seen.__context__
-    return found and f"{found.filename}:{found.lineno}, in {found.name}: {found.line}"
+    return None if found is None else f"{found.filename}:{found.lineno}, in {found.name}: {found.line}"
 
 
 def _line(error: BaseException) -> str:

@@ -80,7 +80,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
     model, inputs = _load(options)
     bounded = transform(model, inputs, **_cut(options), **_training_side(options))
-    engine = engines.choose(bounded.backward, boundaries=bounded._boundaries())
+    engine = engines.choose(bounded.backward, boundaries=bounded.boundaries)
     _print_plan(PlanView(bounded.plan, engine=str(engine), why=options.why), options)
     return OK
 

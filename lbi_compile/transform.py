@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from . import engines
 from .analysis import Analysis, analyse, locate
-from .bounded import BoundedModule, Options, Region, ShapeCheck
+from .bounded import BoundedModule, Options, Region
+from .calls import ShapeCheck
 from .capture import Capture, Inputs, as_inputs, capture, default_inputs, raise_if_unfit, undisturbed
 from .errors import (
     BatchCouplingError,
@@ -182,9 +184,13 @@ def build_program(bounded: BoundedModule, inputs: Inputs) -> tuple[Program, Shap
     """Capture the model in its present mode for other inputs, and cut it at the places the plan names."""
     with undisturbed(bounded.source):
         analysis = locate(bounded.source, captured(bounded, inputs), bounded.plan)
-        check = _check(analysis, bounded._modules["lbi"])
+        check = _check(analysis, bounded.interface)
         check.raise_if_coupled(bounded.backward)
-        return _insert(bounded, analysis), check
+        program = _insert(bounded, analysis)
+        if bounded.plan.causal is None:
+            # the interface was settled on outputs without positions, which these inputs may give (labels, a full output)
+            _measure_leak(bounded, analysis, program)
+        return program, check
 
 
 def captured(bounded: BoundedModule, inputs: Inputs) -> Capture:
@@ -207,8 +213,8 @@ def _retarget(gm: fx.GraphModule, dtype: torch.dtype) -> None:
         return dtype if value is torch.float32 else value
 
     for node in gm.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, swap)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, swap)
+        node.args = map_aggregate(node.args, swap)
+        node.kwargs = map_aggregate(node.kwargs, swap)
     gm.recompile()
 
 
@@ -278,9 +284,9 @@ def _interface(bounded: BoundedModule, analysis: Analysis, program: Program) -> 
     )
 
 
-def _coupling(analysis: Analysis, interface: nn.Module) -> BatchCouplingError | None:
+def _coupling(analysis: Analysis, interface: Interface) -> BatchCouplingError | None:
     """Why the scan cannot run: per-sample Jacobians do not exist where a region between two latents mixes samples."""
-    if getattr(interface, "splits", False):
+    if interface.splits:
         return None  # the token interface's Jacobians are those of its cells, which never mix samples
     for k in interface.latents[:-1]:
         verdict = analysis.coupling(k)
@@ -297,15 +303,15 @@ def _coupling(analysis: Analysis, interface: nn.Module) -> BatchCouplingError | 
 
 
 def _measure_leak(bounded: BoundedModule, analysis: Analysis, program: Program) -> None:
-    model = analysis.dependence()
-    if model is None or len(analysis.ends) == 1:
+    if bounded._options.allow_leak or len(analysis.ends) == 1:
         return
-    measured = analysis.probe_bounded(bounded.canvas_function(program, analysis.capture.inputs.leaves))
-    if not bounded._options.allow_leak:
+    model = analysis.dependence()
+    if model is not None:
+        measured = analysis.probe_bounded(bounded.canvas_function(program, analysis.capture.inputs.leaves))
         refuse_leak(interface=analysis.plan.interface, model=model, bounded=measured)
 
 
-def _check(analysis: Analysis, interface: nn.Module) -> ShapeCheck:
+def _check(analysis: Analysis, interface: Interface) -> ShapeCheck:
     wanted: list[tuple[str, tuple[int | str, ...]] | None] = []
     names: dict[str, str] = {}
     for node in analysis.capture.graph_module.graph.find_nodes(op="placeholder"):

@@ -87,7 +87,8 @@ def verify(
     leak, leak_check = _leak(twin, wide, analysis)
     coupling = [analysis.coupling(k) for k in range(len(analysis.ends))]
     independent = all(verdict.kind == "position-wise" for verdict in coupling)
-    lanes = tuple((end.name, _lanes(analysis.live, end)) for end in analysis.ends[:-1])
+    boundaries = zip(twin.plan.boundaries, analysis.ends, strict=False)
+    lanes = tuple((point.name, _lanes(analysis.live, end)) for point, end in boundaries)
     norms, products = _jacobian_norms(twin, wide, independent)
     checks = (
         Check("gradients", max_error <= tolerance, f"{len(errors)} gradients, worst {max_error:.2e}, {note}"),
@@ -108,7 +109,7 @@ def verify(
         jacobian_norms=norms,
         product_norms=products,
         checks=checks,
-        first_boundary=twin.lbi.latents.start if norms else 0,
+        first_boundary=twin.interface.latents.start if norms else 0,
     )
 
 
@@ -169,14 +170,14 @@ def _leak(twin: BoundedModule, inputs: Inputs, analysis: Analysis) -> tuple[bool
     program = twin._program(inputs)
     bounded = analysis.probe_bounded(twin.canvas_function(program, analysis.capture.inputs.leaves))
     leak = model in NOT_LATER and bounded not in NOT_LATER
-    return leak, Check("future leak", not leak, f"model {model}, bounded model {bounded}, measured by zero gradients")
+    return leak, Check("future leak", not leak, f"model {model}, bounded model {bounded}, by gradients and by value")
 
 
 def _coupling_check(coupling: Sequence[Verdict], independent: bool, bounded: BoundedModule) -> Check:
     if independent:
         return Check("batch independence", True, "; ".join(sorted({f"{v.how}: {v.why}" for v in coupling})))
     first = next(verdict for verdict in coupling if verdict.kind != "position-wise")
-    harmless = bounded.backward != engines.SCAN or getattr(bounded.lbi, "splits", False)
+    harmless = bounded.backward != engines.SCAN or bounded.interface.splits
     detail = f"{first.why}; " + ("this engine needs none" if harmless else "the scan needs it")
     return Check("batch independence", None if harmless else False, detail)
 
@@ -210,7 +211,7 @@ def _jacobian_norms(
     latents = [m for m in taps.m if m is not None]
     if len(latents) < 2 or latents[0].shape[-1] > WIDEST:
         return (), ()
-    if not independent and not getattr(twin.lbi, "splits", False):
+    if not independent and not twin.interface.splits:
         return (), ()
     jacobians = [interface_jacobian(after, before) for before, after in pairwise(latents)]
     norms = tuple(float(torch.linalg.matrix_norm(j, 2).max()) for j in jacobians)

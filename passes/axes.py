@@ -213,6 +213,37 @@ def _reads(y: Tensor, x: Tensor, at: Tensor, axis_in: int, axis_out: int, genera
     return (gradient != 0).movedim(axis_in, 0).flatten(1).any(1).cpu()
 
 
+def sees_later(fn: Callable[[Tensor], Tensor], inputs: Tensor, *, axis_in: int, axis_out: int) -> bool:
+    """Whether changing later positions of the input changes an earlier position of the result, in any bit.
+
+    Complements ``probe_axis``: a dependence through integers or detached tensors (a routing decision, a statistic) has
+    no gradient. Every run sees the same random numbers.
+
+    Args:
+        fn: Maps a float tensor to a float tensor.
+        inputs: Its argument.
+        axis_in: Dim of the argument.
+        axis_out: Dim of the result.
+
+    Example:
+        >>> sees_later(lambda x: x - x.detach().mean(1, keepdim=True), torch.randn(2, 5, 3), axis_in=1, axis_out=1)
+        True
+    """
+    size = inputs.shape[axis_in]
+    with _same_random_numbers(inputs.device) as rewind, torch.no_grad():
+        rewind()
+        expected = fn(inputs.detach().clone())
+        for t in sorted({1, size // 2, size - 1} & set(range(1, size))):
+            changed = inputs.detach().clone()
+            late = changed.narrow(axis_in, t, size - t)
+            late.copy_(late.flip(axis_in) * -1.5 + 0.5)
+            rewind()
+            got = fn(changed)
+            if not torch.equal(got.narrow(axis_out, 0, t), expected.narrow(axis_out, 0, t)):
+                return True
+    return False
+
+
 @contextlib.contextmanager
 def _same_random_numbers(device: torch.device) -> Iterator[Callable[[], None]]:
     """Gives a function that puts the random state back to what it is now, and calls it at the end."""

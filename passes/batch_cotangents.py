@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 import lbi_compile.kernels.ops  # noqa: F401  registers the operators
-from lbi_compile._torch import same_size
+from lbi_compile._torch import same_shape, same_size
 from lbi_compile.passes.linearity import require_linear
 
 aten = torch.ops.aten
@@ -37,7 +37,7 @@ class Batched:
 
     def full(self) -> Tensor:
         """``[R, *shape]``."""
-        if all(map(same_size, self.data.shape[1:], self.shape)):
+        if same_shape(self.data.shape[1:], self.shape):
             return self.data
         return self.data.expand(self.data.shape[0], *self.shape)
 

@@ -153,7 +153,8 @@ def insert(
     labels.append("head")
 
     where = _assign(gm, live, cuts, labels)
-    build = _Builder(gm, live, where, owner)
+    lanes = [canvas, *ends, *(finish for finish in finishes if finish is not None)]
+    build = _Builder(gm, live, where, owner, lanes)
     lane = canvas
     regions: list[RegionPieces] = []
     outputs = _output_nodes(gm)
@@ -219,11 +220,16 @@ def _is_check(node: fx.Node) -> bool:
 
 class _Builder:
     def __init__(
-        self, gm: fx.GraphModule, live: Liveness, where: Mapping[fx.Node, str], owner: Callable[[str], Owner]
+        self,
+        gm: fx.GraphModule,
+        live: Liveness,
+        where: Mapping[fx.Node, str],
+        owner: Callable[[str], Owner],
+        lanes: Iterable[fx.Node],
     ) -> None:
         self.gm, self.live, self.where, self.owner = gm, live, where, owner
         self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
-        self.returned = set(_output_nodes(gm))
+        self.kept = {*_output_nodes(gm), *lanes}
         self.built: dict[str, Piece] = {}
         self.reads: dict[str, list[fx.Node]] = {}
 
@@ -237,7 +243,7 @@ class _Builder:
         attributes = [node for node in reads if node.op == "get_attr" and not self._is_module(node)]
         modules = [node for node in reads if node.op == "get_attr" and self._is_module(node)]
         inputs = [node for node in reads if node.op != "get_attr"]
-        wanted = [n for n in body if n in own and (n in self.returned or self._read_elsewhere(n, inside))]
+        wanted = [n for n in body if n in own and (n in self.kept or self._read_elsewhere(n, inside))]
         wanted += [node for node in also if node not in wanted]
 
         graph, env, root = fx.Graph(), {}, nn.Module()

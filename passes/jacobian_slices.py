@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from lbi_compile._torch import core_aten_decompositions, make_fx, same_size
+from lbi_compile._torch import core_aten_decompositions, make_fx, same_shape
 from lbi_compile.errors import EngineError
 from lbi_compile.passes.batch_cotangents import Batched
 
@@ -173,7 +173,7 @@ def _alone(node: fx.Node, dead: Collection[fx.Node]) -> fx.Node | None:
     if len(left) != 1 or not isinstance(left[0], fx.Node):
         return None
     kept, total = left[0].meta["val"], node.meta["val"]
-    alike = kept.dtype == total.dtype and kept.dim() == total.dim() and all(map(same_size, kept.shape, total.shape))
+    alike = kept.dtype == total.dtype and same_shape(kept.shape, total.shape)
     return left[0] if alike else None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from lbi_compile._torch import FakeTensorMode, pytree
 from lbi_compile.errors import NoFloatPathError
@@ -291,7 +292,7 @@ class _Storages(fx.Interpreter):
         return found
 
     def _values(self, of: Any) -> Any:
-        return fx.node.map_arg(of, self.env.__getitem__)
+        return map_arg(of, self.env.__getitem__)
 
 
 def _storages(value: Any) -> set[int]:

@@ -130,7 +130,7 @@ def _key(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _is_layer(live: Liveness, output: Separator, chain: Sequence[Separator], work: Sequence[int]) -> bool:
-    """The model's only output continues the chain: last live node, of its shape, behind a step of at least half the median."""
+    """The model's only output goes on with the chain: of its shape, last, and at least half the median step away."""
     node = output.node
     if (
         len(live.sinks) > 1

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import heapq
 import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 import lbi_compile.kernels.ops  # noqa: F401  registers the operators
-from lbi_compile._torch import (
-    detect_fake_mode,
-    enable_python_dispatcher,
-    is_tangent,
-    make_fx,
-    no_autocast,
-    no_new_guards,
-    same_size,
-    vmap_without_fallback,
-)
+from lbi_compile._torch import is_tangent, same_shape
 from lbi_compile.errors import EngineError, LBIError
 from lbi_compile.passes.batch_cotangents import Batched, BatchInterpreter
-from lbi_compile.passes.jacobian_slices import cut, distinct, downstream, simplify, upstream
+from lbi_compile.passes.jacobian_slices import cut, downstream, simplify, upstream
+from lbi_compile.passes.splicing import Splicer
 
 FORWARD, BACKWARD = torch.ops.lbi.boundary.default, torch.ops.lbi.boundary_bwd.default
 MAX_R = 64
@@ -51,8 +41,8 @@ class ScanRecord:
         unrolled: Operator to the reason why it runs once per cotangent instead of batched over R.
         sdpa: How fused attention is batched over R: ``"fold"`` (into the batch axis), ``"unroll"``, both, or ``""``.
         inserted: Nodes added to the joint graph, before dead ones are removed.
-        forward_nodes: Nodes of the compiled forward graph.
-        backward_nodes: Nodes of the compiled backward graph.
+        forward_nodes: Nodes of the forward graph (eager default only, as is the next).
+        backward_nodes: Nodes of the backward graph.
         seconds: Time the rewrite took.
         error: Why the rewrite failed.
     """
@@ -218,7 +208,7 @@ def _solve(
     """Solve the adjoints of one chain; ``markers`` are its backward markers from the first boundary to the last."""
     graph = gm.graph
     r = _width(markers)
-    splicer = _Splicer(gm, markers, decompositions)
+    splicer = Splicer(gm, markers, decompositions)
     jacobians: list[fx.Node] = []
     shared: list[bool] = []
     others: dict[int, fx.Node] = {}
@@ -272,7 +262,7 @@ def _solve(
 
 def _width(markers: Sequence[fx.Node]) -> int:
     shapes = [tuple(marker.meta["val"].shape) for marker in markers]
-    if not shapes[0] or not all(_same_shape(shape, shapes[0]) for shape in shapes):
+    if not shapes[0] or not all(same_shape(shape, shapes[0]) for shape in shapes):
         raise EngineError(
             f"latents of shapes {shapes}",
             expected="one shape [..., r] at every boundary",
@@ -286,10 +276,6 @@ def _width(markers: Sequence[fx.Node]) -> int:
             do="choose a smaller r, or backward='chain'",
         )
     return r
-
-
-def _same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return len(a) == len(b) and all(map(same_size, a, b))
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +311,7 @@ def _region(
 
 
 def _jacobian(
-    gm: fx.GraphModule, region: _Region, splicer: _Splicer, r: int, record: ScanRecord
+    gm: fx.GraphModule, region: _Region, splicer: Splicer, r: int, record: ScanRecord
 ) -> tuple[fx.Node, bool]:
     """Splice ``J`` ``[R, *lead, R]``, its rows the adjoint path run on unit cotangents; and whether it is the same for
     every index (then all axes of lead are 1)."""
@@ -357,7 +343,7 @@ def _jacobian(
     return node, all(isinstance(size, int) and size == 1 for size in lead)
 
 
-def _bias(gm: fx.GraphModule, region: _Region, splicer: _Splicer) -> fx.Node:
+def _bias(gm: fx.GraphModule, region: _Region, splicer: Splicer) -> fx.Node:
     """Splice ``b`` ``[*lead, R]``: the adjoint path run on ``lam = 0``."""
     if not region.path:
         return region.end
@@ -372,83 +358,6 @@ def _bias(gm: fx.GraphModule, region: _Region, splicer: _Splicer) -> fx.Node:
         return piece.module(*values, *piece.zero_values())
 
     return splicer(run, [*region.extra, *piece.constants])
-
-
-class _Splicer:
-    """Traces functions over values of the joint graph and inserts what they do before the first marker of a chain."""
-
-    def __init__(self, gm: fx.GraphModule, markers: Sequence[fx.Node], decompositions: Any) -> None:
-        self.gm, self.decompositions = gm, decompositions
-        self.inserted = 0
-        self.traced: dict[Hashable, fx.GraphModule] = {}
-        order = {node: i for i, node in enumerate(gm.graph.nodes)}
-        self.before = min(markers, key=order.__getitem__)
-        values = [node.meta.get("val") for node in gm.graph.nodes]
-        self.fake = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
-        # Sizes that a trace uses must be bound by its inputs: Dynamo's symbolic sizes, and a latent of this chain.
-        sizes = [n for n in gm.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.SymInt)]
-        shape = markers[-1].meta["val"].shape
-        latents = gm.graph.find_nodes(op="call_function", target=FORWARD)
-        self.binders = [*sizes, *[n for n in latents if _same_shape(n.meta["val"].shape, shape)][:1]]
-
-    def __call__(self, function: Callable[..., Any], inputs: Sequence[fx.Node], *, like: Hashable | None = None) -> Any:
-        """Insert ``function`` of ``inputs``; the node (or list of nodes) of its result.
-
-        Functions that come with an equal ``like`` are known to trace alike and are traced once.
-        """
-        bound = [*self.binders, *inputs]
-        traced = self.traced[like] if self.knows(like) else self._trace(function, bound)
-        self.traced[like] = traced
-        graph = self.gm.graph
-        copies = dict(zip(traced.graph.find_nodes(op="placeholder"), bound, strict=True))
-        with graph.inserting_before(self.before):
-            for node in traced.graph.nodes:
-                if node.op == "output":
-                    return map_arg(node.args[0], copies.__getitem__)
-                if node.op == "get_attr":
-                    copies[node] = self._constant(getattr(traced, node.target))
-                elif node.op != "placeholder":
-                    copies[node] = graph.node_copy(node, copies.__getitem__)
-                if node.op != "placeholder":
-                    self._mark(copies[node], node)
-        raise AssertionError("a traced graph has an output")
-
-    def knows(self, like: Hashable | None) -> bool:
-        """A function with this ``like`` has been traced."""
-        return like is not None and like in self.traced
-
-    @contextlib.contextmanager
-    def tracing(self) -> Iterator[None]:
-        """The joint graph's fake mode, without autocast, new guards and silent loops."""
-        with contextlib.ExitStack() as stack:
-            for context in (torch.no_grad(), no_autocast(), vmap_without_fallback()):
-                stack.enter_context(context)
-            if self.fake is not None:
-                for context in (self.fake, enable_python_dispatcher(), no_new_guards(self.fake)):
-                    stack.enter_context(context)
-            yield
-
-    def _trace(self, function: Callable[..., Any], bound: Sequence[fx.Node]) -> fx.GraphModule:
-        skip = len(self.binders)
-        trace = make_fx(lambda *values: function(*values[skip:]), decomposition_table=self.decompositions)
-        with self.tracing():
-            traced = trace(*[distinct(node.meta["val"]) for node in bound])
-        traced.graph.eliminate_dead_code()
-        return traced
-
-    def _constant(self, value: Any) -> fx.Node:
-        at = 0
-        while hasattr(self.gm, f"_lbi_constant_{at}"):
-            at += 1
-        setattr(self.gm, f"_lbi_constant_{at}", value)
-        return self.gm.graph.get_attr(f"_lbi_constant_{at}")
-
-    def _mark(self, copy: fx.Node, node: fx.Node) -> None:
-        copy.meta = dict(node.meta)
-        self.inserted += 1
-        if not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
-            # The partitioners may then neither move it forward nor save it in place of its inputs.
-            copy.meta["partitioner_tag"] = "must_be_in_backward"
 
 
 def _sort(graph: fx.Graph) -> None:

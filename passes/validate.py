@@ -6,11 +6,13 @@ Contract: facts found by other passes in, decisions with their reasons out; noth
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 
 import torch
 from torch import fx
 
 from lbi_compile.errors import FutureLeakError, InterfaceError, OptionError, ReadoutError
+from lbi_compile.passes.liveness import is_mutating
 from lbi_compile.plan import Decision
 
 _SAME_VALUE = {
@@ -24,11 +26,16 @@ _SUMS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor, operator.add}
 NOT_LATER = ("causal", "position-wise")
 
 
-def has_identity_path(start: fx.Node, end: fx.Node) -> bool:
+def has_identity_path(start: fx.Node, end: fx.Node, *, memory: Mapping[fx.Node, tuple[fx.Node, ...]]) -> bool:
     """Whether ``end`` is proven to be ``start`` plus something: a path of additions from one to the other.
 
-    Views and copies on the path count as identities where they keep the shape; a dropout, a norm or a scaled addition
-    does not.
+    Views and copies on the path count as identities where they keep the shape; a dropout, a norm, a scaled addition or
+    a value that was written over before it is read does not.
+
+    Args:
+        start: Input of the region.
+        end: Its output.
+        memory: What nodes wait for through memory, as in ``Liveness``.
     """
     pending, seen = [end], set()
     while pending:
@@ -38,6 +45,8 @@ def has_identity_path(start: fx.Node, end: fx.Node) -> bool:
         if node in seen:
             continue
         seen.add(node)
+        if any(is_mutating(before) for before in memory.get(node, ())):
+            continue
         if node.target in _SUMS and node.kwargs.get("alpha", 1) == 1:
             pending += [a for a in node.args[:2] if isinstance(a, fx.Node) and _same_shape(a, node)]
         elif node.target in _SAME_VALUE and isinstance(node.args[0], fx.Node) and _same_shape(node.args[0], node):
@@ -47,7 +56,7 @@ def has_identity_path(start: fx.Node, end: fx.Node) -> bool:
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     left, right = a.meta.get("val"), b.meta.get("val")
-    return left is not None and [str(s) for s in left.shape] == [str(s) for s in right.shape]
+    return left is not None and right is not None and [str(s) for s in left.shape] == [str(s) for s in right.shape]
 
 
 def settle_interface(
@@ -123,7 +132,7 @@ def settle_readout(
         if request not in allowed:
             raise ReadoutError(
                 f"readout={request!r} with interface={interface!r}",
-                expected=f"readout {' or '.join(allowed)}: under {request!r} some parameters could never get a gradient",
+                expected=f"readout {' or '.join(allowed)}: under {request!r} parameters could never get a gradient",
                 do="pass readout='auto', or another interface",
             )
         note = "" if residual or request == "last" else "; the regions are not proven residual"

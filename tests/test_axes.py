@@ -14,7 +14,15 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from lbi_compile.errors import BatchCouplingError, OptionError
-from lbi_compile.passes.axes import Verdict, batch_coupling, classify, coupling_error, probe_axis, trace_axis
+from lbi_compile.passes.axes import (
+    Verdict,
+    batch_coupling,
+    classify,
+    coupling_error,
+    probe_axis,
+    sees_later,
+    trace_axis,
+)
 from lbi_compile.passes.axis_calls import AxisState
 from lbi_compile.passes.costs import costs
 
@@ -382,3 +390,21 @@ def test_convolutions_keep_samples_apart():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5))
     found = program(model, torch.randn(4, 3, 6, 6), dims=1)
     assert _coupling(found) == Verdict("position-wise", "static", "every operator on the way keeps the positions apart")
+
+
+@pytest.mark.parametrize(
+    ("fn", "expected"),
+    [
+        (lambda x: x.cumsum(1), False),
+        (lambda x: x * x.detach().sum(1, keepdim=True), True),
+        (lambda x: x + (x.sum(-1).argmax(1) < 3)[:, None, None], True),
+        (lambda x: F.dropout(x, 0.5), False),
+        (lambda x: x.flip(1), True),
+    ],
+)
+def test_dependence_without_gradient_is_seen_by_value(fn: Callable[[Tensor], Tensor], expected: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 4)
+    state = torch.get_rng_state()
+    assert sees_later(fn, x, axis_in=1, axis_out=1) is expected
+    assert torch.equal(torch.get_rng_state(), state)

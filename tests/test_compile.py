@@ -87,3 +87,13 @@ def test_a_mode_that_was_never_run_cannot_be_compiled_blindly() -> None:
     torch._dynamo.reset()
     expected = bounded(inputs)
     assert torch.equal(torch.compile(bounded, backend="eager", fullgraph=True)(inputs), expected)
+
+
+def test_marks_do_not_stay_on_the_callers_tensor() -> None:
+    bounded, inputs = bounded_without_dropout("mlp")
+    assert isinstance(inputs, Tensor)
+    before = dict(vars(inputs))
+    expected = gradients(bounded, inputs, "scan")
+    assert dict(vars(inputs)) == before
+    got = compiled_gradients(bounded, torch.compile(bounded, backend="aot_eager", fullgraph=True), inputs)
+    assert max(relative_errors(got, expected).values()) <= 1e-10

@@ -1,0 +1,148 @@
+"""Summary: count what the parts of a cut model hold, and write the plan down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from .capture import Capture
+from .naming import Naming, class_name, module_paths
+from .passes.costs import Costs
+from .passes.liveness import LIVE, NUMBER, PARAMETER, PARAMETER_ONLY, Liveness
+from .plan import Decision, Part, Plan, RegionPlan
+
+
+def capture_why(capture: Capture) -> tuple[Decision, ...]:
+    axes_kept = "+".join(capture.dynamic) or "none"
+    refused = "; ".join(f"{rung} refused: {why}" for rung, why in capture.refused)
+    return (Decision("dynamic axes", axes_kept, refused or "the exporter accepted the widest choice"),)
+
+
+def parts(
+    gm: fx.GraphModule, live: Liveness, cost: Costs, canvas: fx.Node, ends: Sequence[fx.Node]
+) -> tuple[Part, Part, tuple[Part, ...], Part]:
+    """Counts of prologue, stem, regions and head."""
+    position = {node: i for i, node in enumerate(live.live)}
+    edges = [position.get(canvas, -1), *(position[end] for end in ends)]
+    members: dict[int, list[fx.Node]] = {label: [] for label in range(-1, len(edges) + 1)}
+    label = 0
+    for i, node in enumerate(live.live):
+        while label < len(edges) and i > edges[label]:
+            label += 1
+        members[label].append(node)
+    ours = (PARAMETER, PARAMETER_ONLY, LIVE)
+    members[-1] = [n for n in gm.graph.nodes if n.op == "call_function" and live.kind.get(n) not in (*ours, NUMBER)]
+    home: dict[str, set[int]] = {}
+    for label, nodes in members.items():
+        for node in nodes:
+            for path in module_paths(node):
+                home.setdefault(path, set()).add(label)
+    total = max(cost.total_flops, 1)
+
+    def one(label: int) -> Part:
+        nodes = members[label]
+        inside = [path for path, labels in home.items() if path and labels == {label}]
+        outer = [p for p in inside if not any(p.startswith(q + ".") for q in inside)]
+        flops = sum(cost.flops.get(node, 0) for node in nodes)
+        return Part(tuple(outer), len(nodes), _parameters(gm, live, nodes), flops, flops / total)
+
+    found = [one(label) for label in members]
+    return found[0], found[1], tuple(found[2:-1]), found[-1]
+
+
+def _parameters(gm: fx.GraphModule, live: Liveness, nodes: Iterable[fx.Node]) -> int:
+    seen: set[fx.Node] = set()
+    pending = [before for node in nodes for before in node.all_input_nodes]
+    found: dict[int, int] = {}
+    while pending:
+        node = pending.pop()
+        if node in seen or live.kind.get(node) not in (PARAMETER, PARAMETER_ONLY):
+            continue
+        seen.add(node)
+        if live.kind[node] == PARAMETER:
+            parameter = gm.get_parameter(str(node.target))
+            found[id(parameter)] = parameter.numel()
+        pending += node.all_input_nodes
+    return sum(found.values())
+
+
+def _crossing(interface: str, shape: Sequence[int], r: int) -> int:
+    """Numbers in one latent at a canvas of this shape."""
+    per_index = {"pooled": shape[:1], "chunked": shape[:1], "token": shape[:-1]}
+    if interface == "identity":
+        return prod(shape)
+    return prod(per_index[interface]) * r if interface in per_index else 0
+
+
+def write_plan(
+    model: nn.Module,
+    capture: Capture,
+    live: Liveness,
+    cost: Costs,
+    naming: Naming,
+    canvas: fx.Node,
+    ends: Sequence[fx.Node],
+    finishes: Sequence[fx.Node | None],
+    residual: Sequence[bool],
+    split: bool,
+    **settled: Any,
+) -> Plan:
+    gm = capture.graph_module
+    prologue, stem, bodies, head = parts(gm, live, cost, canvas, ends)
+    shape = cost.shape[canvas] or ()
+    crossing = canvas.meta["val"].dtype.itemsize * _crossing(settled["interface"], shape, settled["r"])
+    regions: list[RegionPlan] = []
+    edges = [canvas, *ends]
+    for k, (body, end) in enumerate(zip(bodies, ends, strict=True)):
+        finish = finishes[k]
+        last = k == len(ends) - 1
+        why = [
+            Decision(
+                "residual",
+                "yes" if residual[k] else "no",
+                "path of additions from input to output" if residual[k] else "no such path",
+            )
+        ]
+        if split:
+            own = finish is end
+            why.append(
+                Decision(
+                    "finish",
+                    "the interface's own MLP" if own or finish is None else f"from {naming.point(finish).name} on",
+                    "the region ends in an op that mixes positions" if own else "all later ops are position-wise",
+                )
+            )
+        regions.append(
+            RegionPlan(
+                index=k,
+                part=body,
+                start=naming.point(edges[k]),
+                end=naming.point(end),
+                finish=naming.point(finish) if finish is not None else None,
+                own_finish=split and finish is end,
+                forward_bytes=0 if last else crossing,
+                backward_bytes=0 if last else crossing,
+                residual=residual[k],
+                batch_independent=None,
+                why=tuple(why),
+            )
+        )
+    names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
+    return Plan(
+        model=class_name(model),
+        regions=tuple(regions),
+        prologue=prologue,
+        stem=stem,
+        head=head,
+        canvas=naming.point(canvas),
+        dynamic=capture.dynamic,
+        inputs=tuple(
+            (name, tuple(leaf.shape))
+            for name, leaf in zip(names, capture.inputs.leaves, strict=True)
+            if isinstance(leaf, Tensor)
+        ),
+        **settled,
+    )

@@ -1,0 +1,101 @@
+"""Insert what a Python function does into a joint graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+import lbi_compile.kernels.ops  # noqa: F401  registers the operators
+from lbi_compile._torch import (
+    detect_fake_mode,
+    enable_python_dispatcher,
+    make_fx,
+    no_autocast,
+    no_new_guards,
+    same_shape,
+    vmap_without_fallback,
+)
+from lbi_compile.passes.jacobian_slices import distinct
+
+
+class Splicer:
+    """Traces functions over values of the joint graph and inserts what they do before the first marker of a chain."""
+
+    def __init__(self, gm: fx.GraphModule, markers: Sequence[fx.Node], decompositions: Any) -> None:
+        self.gm, self.decompositions = gm, decompositions
+        self.inserted = 0
+        self.traced: dict[Hashable, fx.GraphModule] = {}
+        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self.before = min(markers, key=order.__getitem__)
+        values = [node.meta.get("val") for node in gm.graph.nodes]
+        self.fake = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
+        # Sizes that a trace uses must be bound by its inputs: Dynamo's symbolic sizes, and a latent of this chain.
+        sizes = [n for n in gm.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.SymInt)]
+        shape = markers[-1].meta["val"].shape
+        latents = gm.graph.find_nodes(op="call_function", target=torch.ops.lbi.boundary.default)
+        self.binders = [*sizes, *[n for n in latents if same_shape(n.meta["val"].shape, shape)][:1]]
+
+    def __call__(self, function: Callable[..., Any], inputs: Sequence[fx.Node], *, like: Hashable | None = None) -> Any:
+        """Insert ``function`` of ``inputs``; the node (or list of nodes) of its result.
+
+        Functions that come with an equal ``like`` are known to trace alike and are traced once.
+        """
+        bound = [*self.binders, *inputs]
+        traced = self.traced[like] if self.knows(like) else self._trace(function, bound)
+        if like is not None:
+            self.traced[like] = traced
+        graph = self.gm.graph
+        copies = dict(zip(traced.graph.find_nodes(op="placeholder"), bound, strict=True))
+        with graph.inserting_before(self.before):
+            for node in traced.graph.nodes:
+                if node.op == "output":
+                    return map_arg(node.args[0], copies.__getitem__)
+                if node.op == "get_attr":
+                    copies[node] = self._constant(getattr(traced, node.target))
+                elif node.op != "placeholder":
+                    copies[node] = graph.node_copy(node, copies.__getitem__)
+                if node.op != "placeholder":
+                    self._mark(copies[node], node)
+        raise AssertionError("a traced graph has an output")
+
+    def knows(self, like: Hashable | None) -> bool:
+        """A function with this ``like`` has been traced."""
+        return like is not None and like in self.traced
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """The joint graph's fake mode, without autocast, new guards and silent loops."""
+        with contextlib.ExitStack() as stack:
+            for context in (torch.no_grad(), no_autocast(), vmap_without_fallback()):
+                stack.enter_context(context)
+            if self.fake is not None:
+                for context in (self.fake, enable_python_dispatcher(), no_new_guards(self.fake)):
+                    stack.enter_context(context)
+            yield
+
+    def _trace(self, function: Callable[..., Any], bound: Sequence[fx.Node]) -> fx.GraphModule:
+        skip = len(self.binders)
+        trace = make_fx(lambda *values: function(*values[skip:]), decomposition_table=self.decompositions)
+        with self.tracing():
+            traced = trace(*[distinct(node.meta["val"]) for node in bound])
+        traced.graph.eliminate_dead_code()
+        return traced
+
+    def _constant(self, value: Any) -> fx.Node:
+        at = 0
+        while hasattr(self.gm, f"_lbi_constant_{at}"):
+            at += 1
+        setattr(self.gm, f"_lbi_constant_{at}", value)
+        return self.gm.graph.get_attr(f"_lbi_constant_{at}")
+
+    def _mark(self, copy: fx.Node, node: fx.Node) -> None:
+        copy.meta = dict(node.meta)
+        self.inserted += 1
+        if not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
+            # The partitioners may then neither move it forward nor save it in place of its inputs.
+            copy.meta["partitioner_tag"] = "must_be_in_backward"
