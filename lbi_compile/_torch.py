@@ -1,7 +1,7 @@
 """Every private torch name the package uses, in one place, each with the reason; torch 2.11 to 2.13.
 
-What pulls in Dynamo, AOTAutograd or Inductor (more than a second) is imported inside a function, so that
-``import lbi_compile`` stays as light as ``import torch``.
+What pulls in Dynamo, AOTAutograd or Inductor (more than a second) is imported inside a function, so that the passes and
+kernels can be used without it.
 """
 
 from __future__ import annotations

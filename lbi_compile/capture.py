@@ -172,7 +172,7 @@ def capture(model: nn.Module, inputs: Inputs, *, ladder: tuple[tuple[str, ...], 
             expected="a torch.nn.Module",
             do="wrap the function in a module whose forward calls it",
         )
-    inputs = _distinct(_at_least_two(inputs))
+    inputs = _at_least_two(inputs)
     refused: list[tuple[str, str]] = []
     first: BaseException | None = None
     tried: list[Any] = []
@@ -273,7 +273,8 @@ def describe_inputs(inputs: Inputs) -> str:
 def _fresh(inputs: Inputs) -> Inputs:
     """The inputs as other tensors on the same memory: the exporter leaves marks on those it is given.
 
-    Tensors made in inference mode are copied, for no gradient may be taken of them.
+    It would take one tensor that is given for two arguments for one argument; these are two. Tensors made in inference
+    mode are copied, for no gradient may be taken of them.
     """
 
     def other(leaf: Any) -> Any:
@@ -300,20 +301,6 @@ def _at_least_two(inputs: Inputs) -> Inputs:
         return doubled.requires_grad_(leaf.requires_grad)
 
     args, kwargs = pytree.tree_map(twice, (inputs.args, inputs.kwargs))
-    return Inputs(args, kwargs)
-
-
-def _distinct(inputs: Inputs) -> Inputs:
-    """A tensor given for two arguments as two tensors: the exporter would take the two arguments for one."""
-    seen: set[int] = set()
-
-    def own(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or id(leaf) not in seen:
-            seen.add(id(leaf))
-            return leaf
-        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
-
-    args, kwargs = pytree.tree_map(own, (inputs.args, inputs.kwargs))
     return Inputs(args, kwargs)
 
 

@@ -188,7 +188,7 @@ def build_program(bounded: BoundedModule, inputs: Inputs) -> tuple[Program, Shap
         check.raise_if_coupled(bounded.backward)
         program = _insert(bounded, analysis)
         if bounded.plan.causal is None:
-            # the interface was settled on outputs without positions, which these inputs may give (labels, a full output)
+            # the interface was settled on outputs without positions; with these inputs they may have some
             _measure_leak(bounded, analysis, program)
         return program, check
 

@@ -57,7 +57,7 @@ def close(a: dict[str, Tensor | None], b: dict[str, Tensor | None]) -> None:
 # -- parameters and state
 
 
-@pytest.mark.parametrize("name", ["mlp", "transformer", "gpt2"])
+@pytest.mark.parametrize("name", ["mlp", "transformer", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_weights_of_the_model_come_back(name):
     model, x = cases.MODELS[name](depth=3)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
@@ -263,7 +263,7 @@ def test_transform_leaves_batch_norm_statistics_alone(kind, interface):
     assert differences(before, model) == ["state"]
 
 
-@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("mode", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_verify_leaves_the_bounded_model_alone(mode):
     bounded = transform(BatchNormMLP(5, width=8, depth=3, dropout=0.1), torch.randn(5, 5), regions=3, r=4).train(mode)
     x = torch.randn(5, 5)
@@ -316,7 +316,9 @@ def test_a_deep_copy_after_a_compiled_scan_runs_its_own_weights():
     assert bounded.stem.weight.grad is None
 
 
-@pytest.mark.parametrize(("how", "name"), [("pickle", "mlp"), ("torch.save", "vit"), ("pickle", "gpt2")])
+@pytest.mark.parametrize(
+    ("how", "name"), [("pickle", "mlp"), ("torch.save", "vit"), pytest.param("pickle", "gpt2", marks=pytest.mark.slow)]
+)
 def test_a_bounded_model_survives_pickling(how, name):
     model, x = cases.MODELS[name](depth=3)
     bounded = transform(model.eval(), x, regions=3, r=4)
@@ -649,10 +651,8 @@ def test_hugging_face_outputs_and_labels():
     row = bounded(tokens, return_dict=False)
     assert type(row) is tuple
     assert torch.equal(row[0], out.logits)
-    masked = bounded(tokens, attention_mask=torch.ones_like(tokens))
-    torch.testing.assert_close(masked.logits, out.logits)
-    assert torch.equal(bounded(tokens[:1, :4]).logits, bounded(tokens[:1, :4]).logits)
     assert bounded(tokens[:1, :4]).logits.shape == (1, 4, 32)
+    assert len(bounded.programs) == 3
 
 
 # -- grad modes and autocast

@@ -22,7 +22,7 @@ def mlp(**options) -> ResidualMLP:
 # -- plan
 
 
-@pytest.mark.parametrize("name", ["mlp", "vit", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vit", "gpt2"))])
 def test_plan_is_the_plan_of_transform_and_inserts_nothing(name):
     model, x = cases.MODELS[name]()
     before = snapshot(model)
