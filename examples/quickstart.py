@@ -41,4 +41,4 @@ gpt2 = GPT2LMHeadModel(config)
 tokens = {"input_ids": torch.randint(256, (2, 64))}
 
 print(lbi_compile.plan(gpt2, tokens, regions=4, r=8), "\n")
-print(lbi_compile.verify(lbi_compile.transform(gpt2, tokens, regions=4, r=8), tokens))
+print(lbi_compile.verify(lbi_compile.transform(gpt2, tokens, regions=4, r=8, backward="scan"), tokens))

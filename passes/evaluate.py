@@ -48,12 +48,11 @@ class Evaluator:
 
         def run(value: Tensor) -> Tensor:
             interpreter = _OnCopies(self.gm)
-            with self._draws() as rewind:
+            with self._draws():
                 if writes:
                     interpreter.env = {**self._until(source), source: value.clone()}
                 else:
                     interpreter.env = {**self.values, source: value}
-                rewind()
                 for node in between if writes else live:
                     interpreter.env[node] = interpreter.run_node(node)
             return interpreter.env[sink]
@@ -74,19 +73,15 @@ class Evaluator:
         return run.env
 
     @contextlib.contextmanager
-    def _draws(self) -> Iterator[Callable[[], None]]:
-        """Gives a function that starts the random numbers anew; afterwards the generators are as they were."""
+    def _draws(self) -> Iterator[None]:
+        """Random numbers from the seed; afterwards the generators are as they were."""
         tensors = itertools.chain(self.gm.parameters(), (leaf for leaf in self.leaves if isinstance(leaf, Tensor)))
         devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
-
-        def rewind() -> None:
+        with torch.random.fork_rng(devices=devices):
             # not torch.manual_seed, which would change the generators of all other devices too
             for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
                 generator.manual_seed(self.seed)
-
-        with torch.random.fork_rng(devices=devices):
-            rewind()
-            yield rewind
+            yield
 
 
 class _OnCopies(fx.Interpreter):

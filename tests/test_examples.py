@@ -22,5 +22,5 @@ def test_quickstart():
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "engine: scan" in done.stdout
-    assert "GPT2LMHeadModel: 4 regions, latent width r = 8" in done.stdout
+    assert "GPT2LMHeadModel: 4 regions" in done.stdout
     assert "verify: ok" in done.stdout

@@ -398,6 +398,23 @@ def test_memory_past_a_cut_is_refused() -> None:
         split(found, found.node("linear"), [found.node("linear_1"), found.node("tanh")])
 
 
+class Dead(Skip):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        torch.tanh(h)
+        return self.b(h)
+
+
+def test_a_region_may_end_in_a_value_that_nobody_reads() -> None:
+    model, x = Dead(), torch.randn(3, 4)
+    found = find(model, x)
+    program = split(found, found.node("linear"), [found.node("tanh")])
+    gaps: dict[str, Tensor] = {}
+    (out,) = run(program, [x], gap=lambda name, value: gaps.setdefault(name, value))
+    assert torch.equal(out, model(x))
+    assert torch.equal(gaps["head"], torch.tanh(model.a(x)))
+
+
 def test_one_region_needs_no_separator() -> None:
     model, x = Hidden(), torch.randn(3, 4)
     found = find(model, x)
