@@ -259,7 +259,8 @@ class BoundedModule(nn.Module):
                 expected="a forward outside of dispatch modes",
                 do='enter the mode around the backward only, or use bounded.with_engine("chain")',
             )
-        key = (id(program), taps)
+        # torch 2.11: Dynamo does not notice a parameter frozen or thawed in place and would run the stale graph
+        key = (id(program), taps, tuple(p.requires_grad for p in self.parameters()))
         if key not in self._compiled:
             record = ScanRecord()
 

@@ -94,7 +94,7 @@ def verify(
         Check("gradients", max_error <= tolerance, f"{len(errors)} gradients, worst {max_error:.2e}, {note}"),
         Check("engine", None if request == "auto" else ran.name == request, str(ran)),
         leak_check,
-        _coupling_check(coupling, independent, bounded),
+        _coupling_check(coupling, independent, twin, ran.name),
         Check("separators", all(count == 1 for _, count in lanes), _lanes_detail(lanes)),
     )
     return Report(
@@ -173,11 +173,11 @@ def _leak(twin: BoundedModule, inputs: Inputs, analysis: Analysis) -> tuple[bool
     return leak, Check("future leak", not leak, f"model {model}, bounded model {bounded}, by gradients and by value")
 
 
-def _coupling_check(coupling: Sequence[Verdict], independent: bool, bounded: BoundedModule) -> Check:
+def _coupling_check(coupling: Sequence[Verdict], independent: bool, twin: BoundedModule, engine: str) -> Check:
     if independent:
         return Check("batch independence", True, "; ".join(sorted({f"{v.how}: {v.why}" for v in coupling})))
     first = next(verdict for verdict in coupling if verdict.kind != "position-wise")
-    harmless = bounded.backward != engines.SCAN or bounded.interface.splits
+    harmless = engine != engines.SCAN or twin.interface.splits
     detail = f"{first.why}; " + ("this engine needs none" if harmless else "the scan needs it")
     return Check("batch independence", None if harmless else False, detail)
 
