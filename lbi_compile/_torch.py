@@ -60,6 +60,7 @@ __all__ = [
     "dispatch_mode_active",
     "dynamic_sizes",
     "enable_python_dispatcher",
+    "exporting",
     "forget_donations",
     "fresh_code",
     "functorch_active",
@@ -113,6 +114,11 @@ def dispatch_mode_active() -> bool:
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
     return any(not mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+
+
+def exporting() -> bool:
+    """``torch.export`` is tracing: in torch 2.11 Dynamo takes ``torch.compiler.is_exporting()`` for True always."""
+    return torch.compiler._is_exporting_flag
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import engines
-from ._torch import dispatch_mode_active, fresh_code, pytree
+from ._torch import dispatch_mode_active, exporting, fresh_code, pytree
 from .backend import eager_backend
 from .calls import ShapeCheck, call_signature
 from .capture import Inputs, bind, describe_inputs, signature
@@ -234,7 +234,7 @@ class BoundedModule(nn.Module):
             if program is None:
                 raise RuntimeError("call the bounded model once in this mode with such inputs before compiling it")
             # without markers a backend has nothing to rewrite and gives the plain, exact backward
-            marked = not torch.compiler.is_exporting() and self._checks[key].coupled is None
+            marked = not exporting() and self._checks[key].coupled is None
             return _assemble(program, *self._run(program, leaves, marked=marked, taps=taps))
         program = self._program(inputs)
         return _assemble(program, *self._solve(program, leaves, taps))

@@ -17,6 +17,7 @@ from torch.export import Dim
 
 from ._torch import GuardOnDataDependentSymNode, pytree, silent_export, unset_fake_temporarily
 from .errors import CaptureError, DataDependentControlFlowError, ExampleInputsError, NotAModuleError
+from .passes.casts import untangle_casts
 
 LADDER = (("batch", "sequence"), ("batch",), ())
 
@@ -194,6 +195,7 @@ def capture(model: nn.Module, inputs: Inputs, *, ladder: tuple[tuple[str, ...], 
             continue
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
+        untangle_casts(module)
         return Capture(
             module, _fresh(inputs), _really_dynamic(module, inputs, rung), program.call_spec.out_spec, tuple(refused)
         )

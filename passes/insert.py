@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from lbi_compile.errors import NoSeparatorError
@@ -254,13 +255,15 @@ class _Builder:
         for node in [*attributes, *inputs]:
             env[node].meta = dict(node.meta)
         for node in modules:
-            root.add_module(str(node.target), self.gm.get_submodule(str(node.target)))
+            block = self.gm.get_submodule(str(node.target))
+            root.add_module(str(node.target), _plain(block) if isinstance(block, fx.GraphModule) else block)
             env[node] = graph.get_attr(str(node.target))
         for node in body:
             env[node] = graph.node_copy(node, env.__getitem__)
         graph.output(tuple(env[node] for node in wanted))
         code = fx.GraphModule(root, graph, class_name=label.title().replace(" ", ""))
         graph.eliminate_dead_code(lambda node: node.is_impure() or is_mutating(node) or is_random(node))
+        _name_blocks(graph)
 
         self.reads[label] = [node for node in inputs if node not in gaps]
         self.built[label] = Piece(
@@ -318,6 +321,39 @@ class _Builder:
                     expected="one tensor that carries everything across each boundary",
                     do="choose other boundaries, or give a number of regions and let the compiler choose",
                 )
+
+
+def _with_grad_mode(enabled: bool, body: Callable[..., Any], *operands: Any) -> Any:
+    with torch.set_grad_enabled(enabled):
+        return body(*operands)
+
+
+def _with_autocast(
+    device: str, dtype: Any, enabled: bool, cache: bool | None, body: Callable[..., Any], *operands: Any
+) -> Any:
+    with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache):
+        return body(*operands)
+
+
+# what the exporter makes of a block under no_grad or autocast cannot be compiled again where it holds dynamic sizes
+_BLOCKS = {"wrap_with_set_grad_enabled": _with_grad_mode, "wrap_with_autocast": _with_autocast}
+
+
+def _name_blocks(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            node.target = _BLOCKS.get(node.target.__name__, node.target)
+
+
+def _plain(body: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a block's body whose own blocks are plain functions too."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(body.graph, {}))
+    for node in filter(_is_check, reversed(graph.nodes)):
+        graph.erase_node(node)
+    _name_blocks(graph)
+    inner = {name: _plain(child) for name, child in body.named_children() if isinstance(child, fx.GraphModule)}
+    return fx.GraphModule({**dict(body.named_children()), **inner}, graph)
 
 
 def _output_leaves(gm: fx.GraphModule, last: fx.Node) -> list[Any]:

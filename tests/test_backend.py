@@ -176,6 +176,7 @@ def test_the_backend_is_found_by_name():
     assert "lbi" in torch._dynamo.list_backends()
 
 
+@pytest.mark.slow
 def test_inductor():
     module = pooled_mlp(2).double()
     options = {"fallback_random": True}  # eager's random numbers, so that dropout masks are equal

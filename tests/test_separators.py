@@ -91,7 +91,7 @@ def _same_as_networkx(steps: list[Step], tap: bool) -> None:
     assert names(found) == by_removal(found)
 
 
-@settings(max_examples=15, **_PROPERTY)
+@settings(max_examples=10, **_PROPERTY)
 @given(recipes(), st.booleans())
 def test_sweep_equals_node_removal(steps: list[Step], tap: bool) -> None:
     _same_as_networkx(steps, tap)
