@@ -141,6 +141,18 @@ def windows(data: Tensor, starts: Tensor, *, length: int = LENGTH) -> tuple[Tens
     return cut[:, :-1], cut[:, 1:]
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Layers this narrow gain little from more threads, which on a busy machine wait for each other at every op."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def run(training: Training, *, quiet: bool = False, **options: Any) -> Result:
     """Run the demo.
 
