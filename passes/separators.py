@@ -25,7 +25,7 @@ class Separator:
     position: int
 
 
-def separators(live: Liveness) -> tuple[Separator, ...]:
+def separators(live: Liveness, *, main: frozenset[fx.Node] | None = None) -> tuple[Separator, ...]:
     """All one-lane separators, by one sweep over the live nodes in program order.
 
     A node is one iff no dependence spans it: every live value made before it and read after is the node itself, and
@@ -36,13 +36,15 @@ def separators(live: Liveness) -> tuple[Separator, ...]:
 
     Args:
         live: Record of the liveness pass, whose ``waits`` hold read/write order too.
+        main: Nodes that lead to the main output (``lanes.main_path``): only their reads count. What leads elsewhere, to
+            an auxiliary loss for example, is a tap of the region it reads. By default all live nodes.
 
     Returns:
         Separators in program order. Cost: one pass over nodes and edges.
     """
     order = live.live
-    position = {node: i for i, node in enumerate(order)}
-    last = last_uses(live)
+    position = {node: i for i, node in enumerate(order) if main is None or node in main}
+    last = last_uses(live, main=main)
     # spans[i] counts what reaches past position i other than the value of order[i]
     spans = [0] * (len(order) + 1)
     for node, i in position.items():
@@ -57,17 +59,19 @@ def separators(live: Liveness) -> tuple[Separator, ...]:
     running = 0
     for i, node in enumerate(order):
         running += spans[i]
+        if node not in position:
+            continue
         if running == 0 and last[node] > i and is_float_tensor(node) and node not in live.overwritten:
             found.append(Separator(node, i))
     return tuple(found)
 
 
-def last_uses(live: Liveness) -> dict[fx.Node, int]:
+def last_uses(live: Liveness, *, main: frozenset[fx.Node] | None = None) -> dict[fx.Node, int]:
     """Position of the last live node that waits for each live node; its own position where none does.
 
     A number (a size) read from a live tensor is no live node: it carries no gradient and crosses freely.
     """
-    position = {node: i for i, node in enumerate(live.live)}
+    position = {node: i for i, node in enumerate(live.live) if main is None or node in main}
     last = dict(position)
     for node, i in position.items():
         for before in live.waits[node]:
