@@ -34,6 +34,7 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     unset_fake_temporarily,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "inductor_decompositions",
     "inductor_joint_pass",
     "inductor_options",
+    "is_fake",
     "is_tangent",
     "make_fx",
     "no_autocast",
@@ -351,3 +353,8 @@ def compile_with_inductor(gm: fx.GraphModule, example_inputs: Any, options: dict
         return compile_fx_inner(*args, **kwargs)
 
     return compile_fx(gm, example_inputs, inner_compile=compile_part, config_patches=options)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """The tensor has a shape and no numbers (it was made under ``FakeTensorMode``)."""
+    return isinstance(tensor, FakeTensor)

@@ -7,25 +7,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, fx, nn
 
 from .bounded import Options
 from .capture import Capture
 from .errors import PlanError
 from .interfaces import interface_class, tokens_per_chunk
-from .naming import Naming, class_name
+from .lane_forms import describe_lanes
+from .naming import Naming, batch_symbol, class_name
 from .passes import axes
 from .passes.costs import Costs, costs
 from .passes.evaluate import Evaluator
+from .passes.lanes import Cut, cut, main_path, shared_sources
+from .passes.layouts import Layout, layout
 from .passes.liveness import LIVE, NUMBER, Liveness, is_float_tensor, liveness
 from .passes.partition import Partition, partition
+from .passes.positions import Outputs, later_inputs, outputs_along
 from .passes.separators import Separator, separators
-from .passes.validate import NOT_LATER, has_identity_path, settle_interface, settle_readout
-from .plan import Decision, Part, PassRecord, Plan
+from .passes.validate import NOT_LATER, has_identity_path, settle_interface, settle_lanes, settle_readout
+from .plan import Decision, Lane, Part, PassRecord, Plan
 from .summary import capture_why, parts, write_plan
 
 _T = TypeVar("_T")
+# interfaces that have no form for boundaries of several lanes
+ONE_LANE = ("token", "zero", "self")
 
 
 @dataclass
@@ -36,12 +41,10 @@ class Analysis:
         capture: The captured program.
         live: Its liveness.
         costs: Its costs.
-        canvas: Node of the canvas.
-        ends: Nodes where regions end.
+        cut: Canvas, ends, lanes and the piece of every live node.
         finishes: Per region its node a_k; ``None`` where no finish is used.
         plan: The record.
-        sink: The output with positions (else the first live output).
-        position_axis: Its position axis; ``None`` where it has none in common with the canvas.
+        outputs: The outputs with positions: those of the canvas, or of an input.
         splits: The interface splits regions at a_k.
         evaluator: Runs parts of the graph.
     """
@@ -49,36 +52,82 @@ class Analysis:
     capture: Capture
     live: Liveness
     costs: Costs
-    canvas: fx.Node
-    ends: tuple[fx.Node, ...]
+    cut: Cut
     finishes: tuple[fx.Node | None, ...]
     plan: Plan
-    sink: fx.Node
-    position_axis: int | None
+    outputs: tuple[Outputs, ...]
     splits: bool
     evaluator: Evaluator = field(repr=False)
 
+    @property
+    def canvas(self) -> fx.Node:
+        """Node of the canvas."""
+        return self.cut.canvas
+
+    @property
+    def ends(self) -> tuple[fx.Node, ...]:
+        """Nodes where regions end."""
+        return self.cut.ends
+
+    @property
+    def where(self) -> dict[fx.Node, str]:
+        """The part of every live node: ``"stem"``, ``"region k"`` or ``"head"``."""
+        count = len(self.ends)
+        return {
+            node: "stem" if k < 0 else "head" if k == count else f"region {k}" for node, k in self.cut.piece.items()
+        }
+
+    def layout(self, node: fx.Node) -> Layout:
+        """Which dims of a value are samples, features and positions."""
+        return layout(node, batch=batch_symbol(self.capture.graph_module))
+
     def coupling(self, k: int) -> axes.Verdict:
         """Whether region ``k`` computes every sample by itself (kind ``"position-wise"`` along the batch axis)."""
-        start = self.canvas if k == 0 else self.ends[k - 1]
-        return _coupling(self.live, self.costs, self.evaluator, start, self.ends[k])
+        sources = (self.canvas,) if k == 0 else self.cut.lanes[k - 1]
+        sinks = self.cut.lanes[k] if k < len(self.cut.lanes) else (self.ends[k],)
+        nodes = [node for node, piece in self.cut.piece.items() if piece == k]
+        verdict = axes.Verdict("position-wise", "static", "the region makes none of the values that leave it")
+        for source in sources:
+            for sink in sinks:
+                if self.cut.piece[sink] != k:
+                    continue
+                verdict = self._coupling(nodes, source, sink)
+                if verdict.kind != "position-wise":
+                    return verdict
+        return verdict
+
+    def _coupling(self, inside: Sequence[fx.Node], source: fx.Node, sink: fx.Node) -> axes.Verdict:
+        fn = _measurable(self.evaluator, source, sink, inside)
+        return axes.batch_coupling(
+            _with_numbers(self.live, inside, source, sink),
+            source=source,
+            sink=sink,
+            shapes=self.costs.shape,
+            fn=fn,
+            example=self.evaluator.values[source] if fn else None,
+            **_batch_dims(self.layout(source), self.layout(sink)),
+        )
 
     def dependence(self) -> str | None:
-        """How output positions depend on canvas positions in the model; ``None`` without positions or numbers."""
-        return _dependence(self.evaluator, self.canvas, self.sink, self.position_axis)
+        """How output positions depend on positions in the model; ``None`` without positions or numbers."""
+        return _dependence(self.evaluator, self.cut, self.outputs)[0]
 
-    def probe_bounded(self, function: Callable[[Tensor], Sequence[Any]]) -> str:
-        """Dependence of output positions on canvas positions in a bounded model.
+    def probe_bounded(self, canvas_fn: Callable[[Tensor], Sequence[Any]], run: Callable[[list[Any]], list[Any]]) -> str:
+        """Dependence of output positions on canvas and input positions in a bounded model.
 
         Args:
-            function: Maps a canvas to the model's flat outputs.
+            canvas_fn: Maps a canvas to the model's flat outputs.
+            run: Maps input leaves to the model's flat outputs.
         """
-        (leaves,) = self.capture.graph_module.graph.output_node().args
-        assert isinstance(leaves, (tuple, list))
-        assert self.position_axis is not None
-        index = list(leaves).index(self.sink)
-        canvas = self.evaluator.values[self.canvas]
-        return _measure(lambda x: function(x)[index], canvas, self.position_axis)
+        found, along = "position-wise", _of_canvas(self.outputs)
+        if along is not None and self.cut.uniform:
+            found = _measure(lambda x: canvas_fn(x)[along.index], self.evaluator.values[self.canvas], along)
+        if found in NOT_LATER and _by_inputs(self.cut, self.outputs):
+            leaves = self.capture.inputs.leaves
+            _, blind = later_inputs(self.evaluator.outputs, leaves, self.outputs)
+            sees, _ = later_inputs(run, leaves, self.outputs)
+            found = "mixed" if blind & sees else "causal"
+        return found
 
 
 class _Clock:
@@ -111,54 +160,71 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
     leaves = tuple(capture.inputs.leaves)
     live = clock.run("liveness", lambda: liveness(gm), lambda x: f"{len(x.live)} of {len(gm.graph.nodes)} nodes live")
     cost = clock.run("costs", lambda: costs(gm, example=leaves), lambda x: f"{x.total_flops:.3g} FLOPs")
-    points = clock.run("separators", lambda: separators(live), lambda x: f"{len(x)} one-lane separators")
+    _, main = main_path(live, cost.flops)
+    points = clock.run("separators", lambda: separators(live, main=main), lambda x: f"{len(x)} one-lane separators")
     naming = Naming(gm, capture)
     evaluator = Evaluator(gm, live, leaves)
-    steps = _Steps(live, cost, evaluator)
-    cut = clock.run(
+    steps = _Steps(live, cost, evaluator, batch_symbol(gm))
+    found = clock.run(
         "partition",
-        lambda: _cut(live, points, options, cost, steps, naming),
-        lambda x: f"{len(x.ends)} regions among {len(x.candidates)} places",
+        lambda: _cut(live, points, options, cost, steps, naming, main),
+        lambda x: f"{len(x.ends)} regions, {sum(map(len, x.cut.lanes))} lanes",
     )
-    edges = [cut.canvas, *cut.ends]
-    residual = [has_identity_path(a, b, memory=live.memory) for a, b in zip(edges, cut.ends, strict=False)]
-    sink, position_axis = _positions(live, cut.canvas)
+    made_cut = found.cut
+    edges = [made_cut.canvas, *made_cut.ends]
+    uniform = made_cut.uniform
+    residual = [
+        uniform and has_identity_path(a, b, memory=live.memory) for a, b in zip(edges, made_cut.ends, strict=False)
+    ]
+    outputs = outputs_along(gm, live, made_cut.canvas, batch=batch_symbol(gm))
     dependence = clock.run(
         "axes",
-        lambda: _dependence(evaluator, cut.canvas, sink, position_axis),
-        lambda x: f"outputs depend on positions: {x or 'no position axis'}",
+        lambda: _dependence(evaluator, made_cut, outputs),
+        lambda x: f"outputs depend on positions: {x[0] or 'no position axis'}",
     )
-    kind, cell, why = settle_interface(
-        options.interface,
-        options.cell,
-        regions=len(cut.ends),
-        rank=cut.canvas.meta["val"].dim(),
-        positions=position_axis is not None,
-        causal=None if dependence is None else dependence in ("causal", "position-wise"),
-        residual=all(residual),
-    )
+    dependence, blind = dependence
+    causal = None if dependence is None else dependence in NOT_LATER
+    lanes: tuple[Lane, ...] = ()
+    lane_why: tuple[Decision, ...] = ()
+    if uniform:
+        kind, cell, why = settle_interface(
+            options.interface,
+            options.cell,
+            regions=len(made_cut.ends),
+            rank=_folded_rank(made_cut.canvas),
+            positions=_of_canvas(outputs) is not None,
+            causal=causal,
+            residual=all(residual),
+        )
+    else:
+        made_cut, lanes, lane_why = describe_lanes(
+            gm, live, made_cut, shared_sources(live, cost.flops), outputs, blind=blind, naming=naming
+        )
+        kind, cell, why = settle_lanes(options.interface, options.cell, causal=any(lane.causal for lane in lanes))
     readout, readout_why = settle_readout(
         options.readout,
         interface=kind,
-        allowed=interface_class(kind, cell).readouts_for(options.r),
-        regions=len(cut.ends),
-        residual=all(residual),
+        allowed=interface_class(kind, cell).readouts_for(options.r) if uniform else ("last",),
+        regions=len(made_cut.ends),
+        residual=uniform and all(residual),
     )
-    split = interface_class(kind, cell).splits
-    finishes = tuple(steps.finish(a, b, points) if split else None for a, b in zip(edges, cut.ends, strict=False))
-    length = cost.shape.get(cut.canvas) or (0, 0)
+    split = uniform and interface_class(kind, cell).splits
+    finishes = tuple(steps.finish(a, b, points) if split else None for a, b in zip(edges, made_cut.ends, strict=False))
+    length = _length(made_cut, cost, outputs, lanes)
+    width = options.r // (1 + max((lane.slot for lane in lanes), default=0)) or 1
     made = write_plan(
-        model, capture, live, cost, naming, cut.canvas, cut.ends, finishes, residual, split,
+        model, capture, live, cost, naming, made_cut, finishes, residual, split,
         interface=kind,
         cell=cell,
         readout=readout,
         r=options.r,
-        chunk=tokens_per_chunk(length[1], options.r) if kind == "chunked" else None,
-        causal=None if dependence is None else dependence in ("causal", "position-wise"),
-        why=(*capture_why(capture), *cut.why, *why, readout_why),
+        chunk=tokens_per_chunk(length, width) if kind == "chunked" else None,
+        causal=causal,
+        lanes=lanes,
+        why=(*capture_why(capture), *found.why, *lane_why, *why, readout_why),
         passes=tuple(clock.records),
     )  # fmt: skip
-    return Analysis(capture, live, cost, cut.canvas, cut.ends, finishes, made, sink, position_axis, split, evaluator)
+    return Analysis(capture, live, cost, made_cut, finishes, made, outputs, split, evaluator)
 
 
 def locate(model: nn.Module, capture: Capture, plan: Plan) -> Analysis:
@@ -178,13 +244,30 @@ def locate(model: nn.Module, capture: Capture, plan: Plan) -> Analysis:
     finishes = tuple(naming.find(region.finish) if region.finish else None for region in plan.regions)
     leaves = tuple(capture.inputs.leaves)
     cost = costs(gm, example=leaves)
-    _, stem, bodies, head = parts(gm, live, cost, canvas, ends)
+    _, main = main_path(live, cost.flops)
+    shared = tuple(naming.find(point) for point in plan.shared)
+    whole = len(ends) == 1 and not plan.lanes
+    found = cut(
+        live,
+        main=main,
+        canvas=canvas,
+        lanes=[[naming.find(point) for point in points] for points in plan.crossings],
+        ends=ends,
+        gather=None if plan.gather is None else naming.find(plan.gather),
+        shared=frozenset(shared) | (shared_sources(live, cost.flops) if shared or plan.lanes else frozenset()),
+        bases=shared,
+    )
+    if len(found.shared) != len(shared) and not whole:
+        raise PlanError(
+            f"{len(found.shared)} shared values in this capture, {len(shared)} in the plan",
+            expected="captures in which regions read the same values",
+            do="transform again with example inputs of this kind",
+        )
+    _, stem, bodies, head = parts(gm, live, cost, found)
     _raise_if_moved(plan, stem, bodies, head)
-    sink, position_axis = _positions(live, canvas)
-    return Analysis(
-        capture, live, cost, canvas, ends, finishes, plan, sink, position_axis,
-        interface_class(plan.interface, plan.cell).splits, Evaluator(gm, live, leaves),
-    )  # fmt: skip
+    outputs = outputs_along(gm, live, canvas, batch=batch_symbol(gm))
+    splits = not plan.lanes and interface_class(plan.interface, plan.cell).splits
+    return Analysis(capture, live, cost, found, finishes, plan, outputs, splits, Evaluator(gm, live, leaves))
 
 
 def _raise_if_moved(plan: Plan, stem: Part, bodies: Sequence[Part], head: Part) -> None:
@@ -208,15 +291,25 @@ def _raise_if_moved(plan: Plan, stem: Part, bodies: Sequence[Part], head: Part) 
 
 
 def _cut(
-    live: Liveness, points: Sequence[Separator], options: Options, cost: Costs, steps: _Steps, naming: Naming
+    live: Liveness,
+    points: Sequence[Separator],
+    options: Options,
+    cost: Costs,
+    steps: _Steps,
+    naming: Naming,
+    main: frozenset[fx.Node],
 ) -> Partition:
     if options.regions == 1 and len(points) < 2:
         # one region is the whole model: it needs no separator
         first = next(node for node in live.live if is_float_tensor(node))
-        return Partition(first, (live.sinks[-1],), (), (Decision("boundaries", "none", "one region"),))
+        sink, _ = main_path(live, cost.flops)
+        whole = cut(live, main=main, canvas=first, lanes=(), ends=(sink,))
+        return Partition(whole, (), (Decision("boundaries", "none", "one region"),))
     wanted: Any = options.regions
+    starts: tuple[fx.Node, ...] = ()
     if isinstance(options.regions, tuple):
         wanted = [naming.before_module(path, points) for path in options.regions]
+        starts = tuple(naming.start_of(path, main) for path in options.regions)
     return partition(
         live,
         points,
@@ -225,40 +318,50 @@ def _cut(
         flops=cost.flops,
         leaves_finish=steps.position_wise,
         describe=naming.point,
+        starts=starts,
+        one_lane=options.interface in ONE_LANE,
     )
 
 
 class _Steps:
     """Answers, once each, whether the graph between two neighbouring separators is position-wise."""
 
-    def __init__(self, live: Liveness, cost: Costs, evaluator: Evaluator) -> None:
-        self.live, self.cost, self.evaluator = live, cost, evaluator
+    def __init__(self, live: Liveness, cost: Costs, evaluator: Evaluator, batch: str | None) -> None:
+        self.live, self.cost, self.evaluator, self.batch = live, cost, evaluator, batch
+        self._position = {node: i for i, node in enumerate(live.live)}
         self._known: dict[tuple[fx.Node, fx.Node], bool] = {}
 
     def position_wise(self, source: fx.Node, sink: fx.Node) -> bool:
         key = (source, sink)
         if key not in self._known:
-            rank = source.meta["val"].dim()
-            self._known[key] = rank == 3 and sink.meta["val"].dim() == 3 and self._classify(source, sink)
+            self._known[key] = _folded_rank(source) == 3 and _folded_rank(sink) == 3 and self._classify(source, sink)
         return self._known[key]
 
     def _classify(self, source: fx.Node, sink: fx.Node) -> bool:
+        """Position-wise along every position axis."""
+        before, after = layout(source, batch=self.batch), layout(sink, batch=self.batch)
+        if len(before.positions) != len(after.positions):
+            return False
         fn = _measurable(self.evaluator, source, sink)
-        verdict = axes.classify(
-            _between(self.live, source, sink),
-            source=source,
-            sink=sink,
-            axis_in=1,
-            axis_out=1,
-            shapes=self.cost.shape,
-            fn=fn,
-            example=self.evaluator.values[source] if fn else None,
+        nodes = _between(self.live, source, sink)
+        return all(
+            axes.classify(
+                nodes,
+                source=source,
+                sink=sink,
+                axis_in=axis_in,
+                axis_out=axis_out,
+                shapes=self.cost.shape,
+                fn=fn,
+                example=self.evaluator.values[source] if fn else None,
+            ).kind
+            == "position-wise"
+            for axis_in, axis_out in zip(before.positions, after.positions, strict=True)
         )
-        return verdict.kind == "position-wise"
 
     def finish(self, start: fx.Node, end: fx.Node, points: Sequence[Separator]) -> fx.Node:
         """The first separator of the region after which all is position-wise; ``end`` where the last op mixes."""
-        position = {node: i for i, node in enumerate(self.live.live)}
+        position = self._position
         inside = [p.node for p in points if position.get(start, -1) < p.position < position[end]]
         found = end
         for before in [*reversed(inside), start]:
@@ -281,46 +384,76 @@ def _between(live: Liveness, source: fx.Node, sink: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _measurable(evaluator: Evaluator, source: fx.Node, sink: fx.Node) -> Callable[[Tensor], Tensor] | None:
+def _with_numbers(live: Liveness, inside: Sequence[fx.Node], source: fx.Node, sink: fx.Node) -> list[fx.Node]:
+    """Nodes of a region with the sizes they use, in program order."""
+    kept = set(inside)
+    return [node for node in sink.graph.nodes if node in kept or live.kind.get(node) == NUMBER]
+
+
+def _batch_dims(source: Layout, sink: Layout) -> dict[str, int]:
+    """Arguments for ``batch_coupling`` where samples are not counted by dim 0."""
+    return {} if source.batch == sink.batch == 0 else {"axis_in": source.batch, "axis_out": sink.batch}
+
+
+def _measurable(
+    evaluator: Evaluator, source: fx.Node, sink: fx.Node, inside: Sequence[fx.Node] | None = None
+) -> Callable[[Tensor], Tensor] | None:
     """The graph between two nodes as a function; ``None`` for a model without numbers (meta or fake)."""
-    real = all(not p.is_meta for p in evaluator.gm.parameters())
-    return evaluator.function(source, sink) if real else None
+    return evaluator.function(source, sink, inside) if evaluator.has_numbers else None
 
 
-def _coupling(live: Liveness, cost: Costs, evaluator: Evaluator, source: fx.Node, sink: fx.Node) -> axes.Verdict:
-    fn = _measurable(evaluator, source, sink)
-    return axes.batch_coupling(
-        _between(live, source, sink),
-        source=source,
-        sink=sink,
-        shapes=cost.shape,
-        fn=fn,
-        example=evaluator.values[source] if fn else None,
-    )
+def _folded_rank(node: fx.Node) -> int:
+    """2 for a value without positions, 3 for one with."""
+    return min(node.meta["val"].dim(), 3)
 
 
-def _positions(live: Liveness, canvas: fx.Node) -> tuple[fx.Node, int | None]:
-    """The output that shares the canvas's position axis, and that axis."""
-    value = canvas.meta["val"]
-    for sink in live.sinks if value.dim() == 3 else ():
-        for axis, size in enumerate(sink.meta["val"].shape[1:], start=1):
-            # two fixed sizes may be equal by chance, so without symbols only [B, T, ...] counts
-            usual = axis == 1 and sink.meta["val"].dim() >= 3
-            if str(size) == str(value.shape[1]) and (isinstance(size, torch.SymInt) or usual):
-                return sink, axis
-    return live.sinks[0], None
+def _length(found: Cut, cost: Costs, outputs: Sequence[Outputs], lanes: Sequence[Lane]) -> int:
+    """Length at the example inputs of the position axis that causal lanes have, else the canvas."""
+    for node, lane in zip(found.crossers, lanes, strict=False):
+        if lane.causal:
+            sizes = [str(size) for size in node.meta["val"].shape]
+            return next(one.length for one in outputs if one.size in sizes[1:])
+    shape = cost.shape.get(found.canvas) or (0, 0)
+    return shape[1] if len(shape) > 1 else 1
 
 
-def _dependence(evaluator: Evaluator, canvas: fx.Node, sink: fx.Node, axis: int | None) -> str | None:
-    function = _measurable(evaluator, canvas, sink)
-    if axis is None or function is None:
-        return None
-    return _measure(function, evaluator.values[canvas], axis)
+def _of_canvas(outputs: Sequence[Outputs]) -> Outputs | None:
+    """The first output with the positions of the canvas."""
+    return next((one for one in outputs if one.canvas is not None), None)
 
 
-def _measure(function: Callable[[Tensor], Tensor], canvas: Tensor, axis: int) -> str:
+def _by_inputs(found: Cut, outputs: Sequence[Outputs]) -> bool:
+    """Positions enter by other ways than the canvas too."""
+    return not found.uniform or bool(found.shared) or _of_canvas(outputs) is None
+
+
+def _dependence(
+    evaluator: Evaluator, found: Cut, outputs: Sequence[Outputs]
+) -> tuple[str | None, frozenset[tuple[int, int]]]:
+    """How outputs depend on positions, and pairs of output and input that see no later ones (where inputs count)."""
+    nothing: frozenset[tuple[int, int]] = frozenset()
+    if not outputs or not evaluator.has_numbers:
+        return None, nothing
+    kind, along = "position-wise", _of_canvas(outputs)
+    if along is not None and found.uniform:
+        function = evaluator.function(found.canvas, along.sink)
+        kind = _measure(function, evaluator.values[found.canvas], along)
+    if kind not in NOT_LATER or not _by_inputs(found, outputs):
+        return kind, nothing
+    _, blind = later_inputs(evaluator.outputs, evaluator.leaves, outputs)
+    return "causal" if blind else "mixed", blind
+
+
+def _measure(function: Callable[[Tensor], Tensor], canvas: Tensor, outputs: Outputs) -> str:
     """Dependence by gradient, and where that finds none on later positions, by value."""
-    kind = axes.probe_axis(function, canvas, axis_in=1, axis_out=axis).kind
-    if kind in NOT_LATER and axes.sees_later(function, canvas, axis_in=1, axis_out=axis):
+    form = outputs.canvas
+    assert form is not None
+
+    def folded(x: Tensor) -> Tensor:
+        return outputs.fold(function(form.unfold(x, canvas.shape)))
+
+    example = form.fold(canvas)
+    kind = axes.probe_axis(folded, example, axis_in=1, axis_out=1).kind
+    if kind in NOT_LATER and axes.sees_later(folded, example, axis_in=1, axis_out=1):
         return "mixed"
     return kind

@@ -25,6 +25,7 @@ from .errors import (
     StaleCaptureError,
 )
 from .interfaces import Interface
+from .interfaces.lanes import LanesInterface
 from .kernels import ops
 from .passes.insert import OutputName, Program, RegionPieces
 from .passes.scan_backward import ScanRecord
@@ -46,6 +47,10 @@ class Options:
     backward: str
     allow_leak: bool
     seed: int
+
+
+# Name under which a run keeps the canvas and the other shared sources; no node of a graph has such a name.
+SOURCES = "<sources>"
 
 
 class Taps(NamedTuple):
@@ -86,19 +91,41 @@ class Region(nn.Module):
             ``m_{k+1}`` (or ``None``), ``h_k``, and the region's input (the canvas with the latent decoded into it).
         """
         (interface,), k = self._interface, self.k
-        x = values[pieces.entry] = interface.enter(k, canvas, m)
+        if isinstance(interface, LanesInterface):
+            return self._run_lanes(interface, canvas, m, values, pieces)
+        fold, unfold = interface.fold, interface.unfold
+        x = values[pieces.entry] = unfold(interface.enter(k, fold(canvas), m), canvas.shape)
         pieces.body.run(values)
         a = values[pieces.anchor]
-        z = interface.encode(k, a)
         if interface.splits:
+            folded = fold(a)
+            z = interface.encode(k, folded)
             # without nodes of the model's own the finish is the interface's, and what it gives is the region's end
-            values[pieces.joint if pieces.finish else pieces.end] = interface.inject(k, a, z, m)
+            values[pieces.joint if pieces.finish else pieces.end] = unfold(interface.inject(k, folded, z, m), a.shape)
             if pieces.finish is not None:
                 pieces.finish.run(values)
             h = values[pieces.end]
+            return interface.leave(k, m=m, h=fold(h), z=z), h, x
+        return interface.leave(k, m=m, h=fold(a), z=None), a, x
+
+    def _run_lanes(
+        self, interface: LanesInterface, canvas: Tensor, m: Tensor | None, values: dict[str, Any], pieces: RegionPieces
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Run the region between boundaries of several lanes, or of lanes in another shape than the canvas."""
+        k, read = self.k, {}
+        if k == 0:
+            values[pieces.entry] = canvas
         else:
-            h = a
-        return interface.leave(k, m=m, h=h, z=z), h, x
+            assert m is not None
+            # a lane's own tensor tells its sizes: they cross freely, its numbers do not
+            shapes = {index: values[name].shape for index, name in pieces.crossing}
+            read = interface.enter_lanes(k, m, shapes, values[SOURCES])
+            for gap in pieces.gaps:
+                values[gap.entry] = read[gap.index]
+        pieces.body.run(values)
+        new = {index: values[name] for index, name in pieces.new}
+        h = values[pieces.end]
+        return interface.leave_lanes(k, m, new, read), h, values.get(pieces.entry, h)
 
 
 class BoundedModule(nn.Module):
@@ -292,9 +319,11 @@ class BoundedModule(nn.Module):
         program.prologue.run(values)
         program.stem.run(values)
         interface = self.interface
-        canvas = total = values[program.canvas] if canvas is None else canvas
+        if canvas is not None:
+            values[program.canvas] = canvas
+        canvas = total = values[program.canvas]
         assert canvas is not None
-        m = interface.initial(canvas)
+        m = interface.initial(interface.fold(canvas))
         summed = self.plan.readout == "sum"
         hs, ms = [], []
         h = canvas
@@ -302,6 +331,7 @@ class BoundedModule(nn.Module):
             if marked and m is not None:
                 m = ops.boundary(m, region.k, self._chain)
             ms.append(m)
+            values[SOURCES] = [canvas, *(values.get(name) for name in program.shared)]
             m, h, x = region(canvas, m, values, pieces)
             hs.append(h)
             if summed:
@@ -314,6 +344,10 @@ class BoundedModule(nn.Module):
     def canvas_function(self, program: Program, leaves: list[Any]) -> Callable[[Tensor], list[Any]]:
         """The model's flat outputs as a function of the canvas alone, for probes."""
         return lambda canvas: self._run(program, leaves, marked=False, taps=False, canvas=canvas)[0]
+
+    def leaves_function(self, program: Program) -> Callable[[list[Any]], list[Any]]:
+        """The model's flat outputs as a function of its input leaves, for probes."""
+        return lambda leaves: self._run(program, leaves, marked=False, taps=False)[0]
 
     def build(self, inputs: Inputs) -> None:
         """Capture the model and make the interfaces. ``transform`` calls it where it has inputs, else the first call.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .capture import Capture
 from .errors import PlanError, RegionsError
@@ -67,6 +67,30 @@ class Naming:
             expected=f"a module that runs after the first separator, for example {', '.join(known[:8])}",
             do="name the module that starts a region, as model.named_modules() spells it",
         )
+
+    def start_of(self, path: str, main: frozenset[fx.Node]) -> fx.Node:
+        """The first node of a module that leads to the main output.
+
+        Raises:
+            RegionsError: No such node.
+        """
+        for node in self.gm.graph.nodes:
+            if node in main and any(p == path or p.startswith(path + ".") for p in module_paths(node)):
+                return node
+        raise RegionsError(
+            f"regions names the module {path!r}, which does nothing that leads to the main output",
+            expected="modules the output is computed by",
+            do="name another module",
+        )
+
+
+def batch_symbol(gm: fx.GraphModule) -> str | None:
+    """The size of the first input's dim 0 as it prints, where it may vary; ``None`` where it is fixed."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.dim():
+            return str(value.shape[0]) if isinstance(value.shape[0], torch.SymInt) else None
+    return None
 
 
 def _symbols(gm: fx.GraphModule) -> dict[str, str]:

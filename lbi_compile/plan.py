@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import PlanError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,31 @@ class RegionPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Lane:
+    """One value that crosses boundaries where boundaries have several lanes, or lanes in another shape than the canvas.
+
+    Attributes:
+        point: The value.
+        first: The boundary (1 .. K-1) it crosses first: there it is encoded.
+        last: The boundary it crosses last.
+        slot: The slot of the latent that holds it from ``first`` to ``last``.
+        readers: The regions that read it.
+        base: What a region reads in its place beside the decoded latent: ``"source"``, ``"projected"``, ``"template"``.
+        source: Where ``base`` is ``"source"``: 0 for the canvas, ``i + 1`` for ``Plan.shared[i]``.
+        causal: Its positions are those along which the outputs look back only.
+    """
+
+    point: Point
+    first: int
+    last: int
+    slot: int
+    readers: tuple[int, ...]
+    base: str
+    source: int
+    causal: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PassRecord:
     """One pass that ran: its name, how long it took (seconds), and what it left."""
 
@@ -134,6 +159,10 @@ class Plan:
         inputs: Shape of each example input tensor, by name.
         why: Decisions about the whole model.
         passes: What ran to make the plan. Not part of ``hash``.
+        lanes: The values that cross, where boundaries have several lanes or lanes in another shape than the canvas;
+            empty where every boundary is one lane of the canvas's shape, which is then the region's ``end``.
+        shared: Values beside the canvas that every region may read, because next to no work leads to them.
+        gather: Where a final stack or concatenation of the regions' outputs ends; it belongs to the head.
     """
 
     model: str
@@ -152,11 +181,29 @@ class Plan:
     inputs: tuple[tuple[str, tuple[int, ...]], ...]
     why: tuple[Decision, ...] = ()
     passes: tuple[PassRecord, ...] = field(default=(), compare=False)
+    lanes: tuple[Lane, ...] = ()
+    shared: tuple[Point, ...] = ()
+    gather: Point | None = None
 
     @property
     def boundaries(self) -> tuple[Point, ...]:
-        """The ``K - 1`` separators between regions."""
+        """The ``K - 1`` main values between regions; ``crossings`` has all lanes."""
         return tuple(region.end for region in self.regions[:-1])
+
+    @property
+    def crossings(self) -> tuple[tuple[Point, ...], ...]:
+        """The lanes of each boundary ``1 .. K-1``."""
+        if not self.lanes:
+            return tuple((point,) for point in self.boundaries)
+        return tuple(
+            tuple(lane.point for lane in self.lanes if lane.first <= k <= lane.last)
+            for k in range(1, len(self.regions))
+        )
+
+    @property
+    def slots(self) -> int:
+        """How many slots the latent has: the most lanes that cross one boundary, give or take kinds."""
+        return 1 + max((lane.slot for lane in self.lanes), default=0)
 
     @property
     def hash(self) -> str:
@@ -203,6 +250,9 @@ class Plan:
                     "inputs": tuple((name, tuple(shape)) for name, shape in record["inputs"]),
                     "why": _decisions(record["why"]),
                     "passes": tuple(PassRecord(**item) for item in record["passes"]),
+                    "lanes": tuple(_lane(item) for item in record["lanes"]),
+                    "shared": tuple(_point(item) for item in record["shared"]),
+                    "gather": None if record["gather"] is None else _point(record["gather"]),
                 }
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -228,6 +278,10 @@ def _without_reasons(value: Any) -> Any:
 
 def _point(record: dict[str, Any]) -> Point:
     return Point(**{**record, "shape": tuple(record["shape"])})
+
+
+def _lane(record: dict[str, Any]) -> Lane:
+    return Lane(**{**record, "point": _point(record["point"]), "readers": tuple(record["readers"])})
 
 
 def _part(record: dict[str, Any]) -> Part:

@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from .capture import Capture
 from .naming import Naming, class_name, module_paths
 from .passes.costs import Costs
+from .passes.lanes import Cut
+from .passes.layouts import layout as layout_of
 from .passes.liveness import LIVE, NUMBER, PARAMETER, PARAMETER_ONLY, Liveness
 from .plan import Decision, Part, Plan, RegionPlan
 
@@ -21,20 +23,15 @@ def capture_why(capture: Capture) -> tuple[Decision, ...]:
     return (Decision("dynamic axes", axes_kept, refused or "the exporter accepted the widest choice"),)
 
 
-def parts(
-    gm: fx.GraphModule, live: Liveness, cost: Costs, canvas: fx.Node, ends: Sequence[fx.Node]
-) -> tuple[Part, Part, tuple[Part, ...], Part]:
+def parts(gm: fx.GraphModule, live: Liveness, cost: Costs, cut: Cut) -> tuple[Part, Part, tuple[Part, ...], Part]:
     """Counts of prologue, stem, regions and head."""
-    position = {node: i for i, node in enumerate(live.live)}
-    edges = [position.get(canvas, -1), *(position[end] for end in ends)]
-    members: dict[int, list[fx.Node]] = {label: [] for label in range(-1, len(edges) + 1)}
-    label = 0
-    for i, node in enumerate(live.live):
-        while label < len(edges) and i > edges[label]:
-            label += 1
-        members[label].append(node)
+    count = len(cut.ends)
     ours = (PARAMETER, PARAMETER_ONLY, LIVE)
-    members[-1] = [n for n in gm.graph.nodes if n.op == "call_function" and live.kind.get(n) not in (*ours, NUMBER)]
+    prologue = [n for n in gm.graph.nodes if n.op == "call_function" and live.kind.get(n) not in (*ours, NUMBER)]
+    # labels: -1 the prologue, 0 the stem, k + 1 region k, K + 1 the head
+    members: dict[int, list[fx.Node]] = {-1: prologue, **{label: [] for label in range(count + 2)}}
+    for node in live.live:
+        members[cut.piece[node] + 1].append(node)
     home: dict[str, set[int]] = {}
     for label, nodes in members.items():
         for node in nodes:
@@ -69,12 +66,15 @@ def _parameters(gm: fx.GraphModule, live: Liveness, nodes: Iterable[fx.Node]) ->
     return sum(found.values())
 
 
-def _crossing(interface: str, shape: Sequence[int], r: int) -> int:
-    """Numbers in one latent at a canvas of this shape."""
-    per_index = {"pooled": shape[:1], "chunked": shape[:1], "token": shape[:-1]}
+def _crossing(interface: str, cut: Cut, cost: Costs, k: int, r: int) -> int:
+    """Numbers in the latent at boundary ``k``, at the example shapes."""
+    shape = cost.shape.get(cut.canvas) or ()
     if interface == "identity":
-        return prod(shape)
-    return prod(per_index[interface]) * r if interface in per_index else 0
+        return sum(prod(cost.shape[node] or ()) for node in cut.lanes[k - 1])
+    rank, layout = len(shape), layout_of(cut.canvas)
+    samples = shape[layout.batch] if rank else 1
+    per_index = {"pooled": samples, "chunked": samples, "token": prod(shape) // (shape[layout.width] if rank else 1)}
+    return per_index.get(interface, 0) * r
 
 
 def write_plan(
@@ -83,22 +83,21 @@ def write_plan(
     live: Liveness,
     cost: Costs,
     naming: Naming,
-    canvas: fx.Node,
-    ends: Sequence[fx.Node],
+    cut: Cut,
     finishes: Sequence[fx.Node | None],
     residual: Sequence[bool],
     split: bool,
     **settled: Any,
 ) -> Plan:
     gm = capture.graph_module
-    prologue, stem, bodies, head = parts(gm, live, cost, canvas, ends)
-    shape = cost.shape[canvas] or ()
-    crossing = canvas.meta["val"].dtype.itemsize * _crossing(settled["interface"], shape, settled["r"])
+    canvas, ends = cut.canvas, cut.ends
+    prologue, stem, bodies, head = parts(gm, live, cost, cut)
+    size = canvas.meta["val"].dtype.itemsize
     regions: list[RegionPlan] = []
     edges = [canvas, *ends]
     for k, (body, end) in enumerate(zip(bodies, ends, strict=True)):
         finish = finishes[k]
-        last = k == len(ends) - 1
+        crossing = 0 if k == len(ends) - 1 else size * _crossing(settled["interface"], cut, cost, k + 1, settled["r"])
         why = [
             Decision(
                 "residual",
@@ -123,8 +122,8 @@ def write_plan(
                 end=naming.point(end),
                 finish=naming.point(finish) if finish is not None else None,
                 own_finish=split and finish is end,
-                forward_bytes=0 if last else crossing,
-                backward_bytes=0 if last else crossing,
+                forward_bytes=crossing,
+                backward_bytes=crossing,
                 residual=residual[k],
                 batch_independent=None,
                 why=tuple(why),
@@ -138,6 +137,8 @@ def write_plan(
         stem=stem,
         head=head,
         canvas=naming.point(canvas),
+        shared=tuple(naming.point(node) for node in cut.shared),
+        gather=None if cut.gather is None else naming.point(cut.gather),
         dynamic=capture.dynamic,
         inputs=tuple(
             (name, tuple(leaf.shape))

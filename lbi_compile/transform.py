@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from .errors import (
     OptionError,
     RegionsError,
 )
-from .interfaces import CELLS, KINDS, Interface, build_interface
+from .interfaces import CELLS, KINDS, Interface, build_interface, build_lanes
+from .lane_forms import lane_forms
+from .naming import batch_symbol
 from .passes.axes import coupling_error
 from .passes.insert import Owner, Program, insert
 from .passes.validate import refuse_leak
@@ -212,7 +214,11 @@ def _retarget(gm: fx.GraphModule, dtype: torch.dtype) -> None:
     def swap(value: Any) -> Any:
         return dtype if value is torch.float32 else value
 
-    for node in gm.graph.nodes:
+    for node in list(gm.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            # it states a dtype of before; `ones` without one stays float32, so neither dtype is right for all
+            gm.graph.erase_node(node)
+            continue
         node.args = map_aggregate(node.args, swap)
         node.kwargs = map_aggregate(node.kwargs, swap)
     gm.recompile()
@@ -241,8 +247,7 @@ def _insert(bounded: BoundedModule, analysis: Analysis) -> Program:
     return insert(
         gm,
         live=analysis.live,
-        canvas=analysis.canvas,
-        ends=analysis.ends,
+        cut=analysis.cut,
         finishes=finishes,
         owner=owner,
         out_spec=analysis.capture.out_spec,
@@ -270,18 +275,40 @@ def _interface(bounded: BoundedModule, analysis: Analysis, program: Program) -> 
         program.stem.run(values)
     canvas = values[program.canvas]
     kind = "zero" if made.interface == "none" else made.interface
-    return build_interface(
+    if made.lanes:
+        batch = batch_symbol(analysis.capture.graph_module)
+        forms, form = lane_forms(analysis.cut, made, analysis.outputs, batch=batch, values=analysis.evaluator.values)
+        return build_lanes(
+            kind,
+            regions=len(made.regions),
+            r=made.r,
+            lanes=forms,
+            canvas=form,
+            like=canvas,
+            chunk=made.chunk,
+            seed=options.seed,
+        )
+    layout = analysis.layout(analysis.canvas) if canvas.dim() > 1 else None
+    folded = canvas if layout is None else layout.fold(canvas)
+    built = build_interface(
         kind,
         regions=len(made.regions),
-        width=canvas.shape[-1],
+        width=folded.shape[-1],
         r=made.r,
-        canvas=canvas,
+        canvas=folded,
         cell=made.cell,
         chunk=made.chunk,
         own_finish=[region.own_finish for region in made.regions],
-        widths=[int(region.finish.shape[-1]) if region.finish else canvas.shape[-1] for region in made.regions],
+        widths=[_width(analysis, finish) or folded.shape[-1] for finish in analysis.finishes],
         seed=options.seed,
     )
+    if layout is not None:
+        built.layout = layout
+    return built
+
+
+def _width(analysis: Analysis, node: fx.Node | None) -> int | None:
+    return None if node is None else int(node.meta["val"].shape[analysis.layout(node).width])
 
 
 def _coupling(analysis: Analysis, interface: Interface) -> BatchCouplingError | None:
@@ -307,8 +334,22 @@ def _measure_leak(bounded: BoundedModule, analysis: Analysis, program: Program) 
         return
     model = analysis.dependence()
     if model is not None:
-        measured = analysis.probe_bounded(bounded.canvas_function(program, analysis.capture.inputs.leaves))
+        leaves = analysis.capture.inputs.leaves
+        measured = analysis.probe_bounded(
+            bounded.canvas_function(program, leaves), same_draws(bounded.leaves_function(program))
+        )
         refuse_leak(interface=analysis.plan.interface, model=model, bounded=measured)
+
+
+def same_draws(run: Callable[[list[Any]], list[Any]]) -> Callable[[list[Any]], list[Any]]:
+    """The same function, drawing the same random numbers in every run."""
+    state = torch.get_rng_state()
+
+    def drawn(leaves: list[Any]) -> list[Any]:
+        torch.set_rng_state(state)
+        return run(leaves)
+
+    return drawn
 
 
 def _check(analysis: Analysis, interface: Interface) -> ShapeCheck:

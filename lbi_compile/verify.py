@@ -9,7 +9,7 @@ from typing import Any
 
 import networkx as nx
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from . import engines
 from ._torch import pytree
@@ -17,10 +17,9 @@ from .analysis import Analysis, locate
 from .bounded import BoundedModule
 from .capture import Inputs, as_inputs
 from .passes.axes import Verdict
-from .passes.liveness import Liveness
 from .passes.validate import NOT_LATER
 from .report import Check, Report
-from .transform import captured
+from .transform import captured, same_draws
 
 TOLERANCE = 1e-10
 # widest latent whose Jacobians are formed for the norms
@@ -87,15 +86,17 @@ def verify(
     leak, leak_check = _leak(twin, wide, analysis)
     coupling = [analysis.coupling(k) for k in range(len(analysis.ends))]
     independent = all(verdict.kind == "position-wise" for verdict in coupling)
-    boundaries = zip(twin.plan.boundaries, analysis.ends, strict=False)
-    lanes = tuple((point.name, _lanes(analysis.live, end)) for point, end in boundaries)
+    counts, leaky = _least_lanes(analysis)
+    names = (" + ".join(point.name for point in points) for points in twin.plan.crossings)
+    lanes = tuple(zip(names, counts, strict=True))
+    wanted = [len(points) for points in twin.plan.crossings]
     norms, products = _jacobian_norms(twin, wide, independent)
     checks = (
         Check("gradients", max_error <= tolerance, f"{len(errors)} gradients, worst {max_error:.2e}, {note}"),
         Check("engine", None if request == "auto" else ran.name == request, str(ran)),
         leak_check,
         _coupling_check(coupling, independent, twin, ran.name),
-        Check("separators", all(count == 1 for _, count in lanes), _lanes_detail(lanes)),
+        Check("separators", not leaky, _lanes_detail(counts, wanted, leaky)),
     )
     return Report(
         ok=all(check.ok is not False for check in checks),
@@ -168,7 +169,8 @@ def _leak(twin: BoundedModule, inputs: Inputs, analysis: Analysis) -> tuple[bool
     if model is None:
         return None, Check("future leak", None, "the output has no position axis")
     program = twin._program(inputs)
-    bounded = analysis.probe_bounded(twin.canvas_function(program, analysis.capture.inputs.leaves))
+    leaves = analysis.capture.inputs.leaves
+    bounded = analysis.probe_bounded(twin.canvas_function(program, leaves), same_draws(twin.leaves_function(program)))
     leak = model in NOT_LATER and bounded not in NOT_LATER
     return leak, Check("future leak", not leak, f"model {model}, bounded model {bounded}, by gradients and by value")
 
@@ -182,23 +184,36 @@ def _coupling_check(coupling: Sequence[Verdict], independent: bool, twin: Bounde
     return Check("batch independence", None if harmless else False, detail)
 
 
-def _lanes(live: Liveness, separator: fx.Node) -> int:
-    """Least number of tensors that carry everything across a boundary, found by a minimum vertex cut.
+def _least_lanes(analysis: Analysis) -> tuple[list[int], list[int]]:
+    """Least number of tensors that separate the two sides of each boundary, and boundaries whose lanes do not.
 
-    Independent of the sweep that chose the separator: every live node up to it is a source, every later one a target.
+    Independent of what chose the lanes: every node of an earlier piece is a source, every node of a later region a
+    target; shared sources, and what only the head reads, do not count. The number is that of a minimum vertex cut.
     """
-    position = {node: i for i, node in enumerate(live.live)}
-    cut = position[separator]
-    graph = nx.DiGraph()
-    for node, i in position.items():
-        for before in live.waits[node]:
-            if before in position and position[before] <= cut < i:
-                graph.add_edges_from([("before", before), (before, node), (node, "after")])
-    return len(nx.minimum_node_cut(graph, "before", "after")) if graph else 0
+    piece, live, regions = analysis.cut.piece, analysis.live, len(analysis.ends)
+    free = {analysis.canvas, *analysis.cut.shared}
+    counts, leaky = [], []
+    for k, lanes in enumerate(analysis.cut.lanes, start=1):
+        graph = nx.DiGraph()
+        for node, at in piece.items():
+            for before in live.waits[node]:
+                if before in piece and before not in free and piece[before] < k <= at < regions:
+                    graph.add_edges_from([("before", before), (before, node), (node, "after")])
+        counts.append(len(nx.minimum_node_cut(graph, "before", "after")) if graph else 0)
+        graph.remove_nodes_from(lanes)
+        if "before" in graph and nx.has_path(graph, "before", "after"):
+            leaky.append(k)
+    return counts, leaky
 
 
-def _lanes_detail(lanes: Sequence[tuple[str, int]]) -> str:
-    return "one lane at every boundary" if lanes else "one region: no boundary"
+def _lanes_detail(counts: Sequence[int], wanted: Sequence[int], leaky: Sequence[int]) -> str:
+    if not wanted:
+        return "one region: no boundary"
+    if leaky:
+        return f"other values than the lanes cross the boundaries {', '.join(map(str, leaky))}"
+    if all(count == 1 for count in wanted):
+        return "one lane at every boundary"
+    return f"lanes per boundary {', '.join(map(str, wanted))}; least there {', '.join(map(str, counts))}"
 
 
 def _jacobian_norms(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lbi_compile._torch import is_fake
 from lbi_compile.passes.liveness import LIVE, Liveness, is_mutating
 
 
@@ -38,31 +39,59 @@ class Evaluator:
                 self._values = self._until(None)
         return self._values
 
-    def function(self, source: fx.Node, sink: fx.Node) -> Callable[[Tensor], Tensor]:
-        """The graph between two nodes as a function of one float tensor; every other value is as in the run."""
+    @property
+    def has_numbers(self) -> bool:
+        """The model has real numbers to run on (it is not on the meta device, and not fake)."""
+        return not any(p.is_meta or is_fake(p) for p in self.gm.parameters())
+
+    def outputs(self, leaves: Sequence[Any]) -> list[Any]:
+        """The model's outputs on other input leaves."""
+        (results,) = self.gm.graph.output_node().args
+        assert isinstance(results, (tuple, list))
+        with self._draws():
+            values = self._until(None, leaves)
+        return [values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in results]
+
+    def function(
+        self, source: fx.Node, sink: fx.Node, inside: Sequence[fx.Node] | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """The graph between two nodes as a function of one float tensor; every other value is as in the run.
+
+        Args:
+            source: The node whose value is the argument.
+            sink: The node whose value is the result.
+            inside: Live nodes to run again, in program order; by default all between the two.
+        """
         nodes = list(self.gm.graph.nodes)
-        between = nodes[nodes.index(source) + 1 : nodes.index(sink) + 1]
-        live = [node for node in between if self.live.kind.get(node) == LIVE]
-        # nodes that write to memory need it as it was at the source, and would spoil the values that are kept
+        at = {node: i for i, node in enumerate(nodes)}
+        first = at[source] + 1 if inside is None else min((at[node] for node in inside), default=at[sink])
+        between = nodes[first : at[sink] + 1]
+        again = set(between if inside is None else inside)
+        live = [node for node in between if node in again and self.live.kind.get(node) == LIVE]
+        # nodes that write to memory need it as it was before them, and would spoil the values that are kept
         writes = any(is_mutating(node) for node in live)
 
         def run(value: Tensor) -> Tensor:
             interpreter = _OnCopies(self.gm)
             with self._draws():
                 if writes:
-                    interpreter.env = {**self._until(source), source: value.clone()}
+                    # the source among them: what is written before it is made is not to be repeated
+                    before = self._until(source if inside is None else nodes[first - 1])
+                    interpreter.env = {**before, source: value.clone()}
                 else:
                     interpreter.env = {**self.values, source: value}
                 for node in between if writes else live:
-                    interpreter.env[node] = interpreter.run_node(node)
+                    if node is not source:
+                        interpreter.env[node] = interpreter.run_node(node)
             return interpreter.env[sink]
 
         return run
 
-    def _until(self, last: fx.Node | None) -> dict[fx.Node, Any]:
+    def _until(self, last: fx.Node | None, given: Sequence[Any] | None = None) -> dict[fx.Node, Any]:
         """Values of all nodes up to ``last``, computed on copies of inputs and buffers."""
         run = _OnCopies(self.gm)
-        leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        given = self.leaves if given is None else given
+        leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in given]
         run.env = dict(zip(self.gm.graph.find_nodes(op="placeholder"), leaves, strict=True))
         with torch.no_grad():
             for node in self.gm.graph.nodes:

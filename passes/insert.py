@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from lbi_compile.errors import NoSeparatorError
+from lbi_compile.passes.lanes import STEM, Cut
 from lbi_compile.passes.liveness import LIVE, NUMBER, PARAMETER_ONLY, Liveness, is_mutating, is_random
 
 # where a parameter lives: its module and its name there, so that it is fetched anew at every call
@@ -45,13 +46,28 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Gap:
+    """A lane that a region reads: ``entry`` names what the region finds in place of the value ``lane``.
+
+    ``index`` counts lanes in the order in which they first cross (``Cut.crossers``); it is -1 for the canvas.
+    """
+
+    lane: str
+    entry: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class RegionPieces:
-    """A region: ``body`` reads the gap ``entry`` and ends at a_k or h_k; ``finish`` reads the gap ``joint``.
+    """A region: ``body`` reads the ``gaps`` and ends at a_k or h_k; ``finish`` reads the gap ``joint``.
 
     Attributes:
         body: From the region's entry on.
         finish: From a_k to h_k; ``None`` where the region has no finish of its own.
-        entry: Name under which the body finds its input.
+        entry: Name under which the body finds its main input.
+        gaps: The lanes it reads; those that ended in the region before it first. For region 0 the canvas.
+        crossing: Index and name of the lanes of the boundary before it.
+        new: Index and name of the lanes that first cross the boundary at its end.
         anchor: Name of a_k, or of h_k without a finish.
         joint: Name under which the finish finds its input.
         end: Name of h_k.
@@ -60,6 +76,9 @@ class RegionPieces:
     body: Piece
     finish: Piece | None
     entry: str
+    gaps: tuple[Gap, ...]
+    crossing: tuple[tuple[int, str], ...]
+    new: tuple[tuple[int, str], ...]
     anchor: str
     joint: str
     end: str
@@ -77,6 +96,7 @@ class Program:
         head: From the gap ``head_entry`` to the outputs.
         head_entry: Name under which the head finds its input.
         canvas: Name of the canvas.
+        shared: Names of the other shared sources.
         outputs: Name of each output leaf, or the constant it is.
         out_spec: Structure of the outputs.
         pieces: Nodes of every piece, for counting.
@@ -89,6 +109,7 @@ class Program:
     head: Piece
     head_entry: str
     canvas: str
+    shared: tuple[str, ...]
     outputs: tuple[Any, ...]
     out_spec: Any
     pieces: Mapping[str, tuple[fx.Node, ...]]
@@ -113,19 +134,17 @@ def insert(
     gm: fx.GraphModule,
     *,
     live: Liveness,
-    canvas: fx.Node,
-    ends: Sequence[fx.Node],
+    cut: Cut,
     finishes: Sequence[fx.Node | None],
     owner: Callable[[str], Owner],
     out_spec: Any,
 ) -> Program:
-    """Cut ``gm`` at ``canvas`` and ``ends``, and inside regions at ``finishes``.
+    """Take ``gm`` apart at the lanes of ``cut``, and its regions at ``finishes``.
 
     Args:
         gm: Captured graph.
         live: Its liveness.
-        canvas: Where the stem ends.
-        ends: Where the ``K`` regions end.
+        cut: Where to cut.
         finishes: Per region the node a_k, or ``None``.
         owner: Finds the module and attribute behind a name of the graph.
         out_spec: Structure of the outputs.
@@ -136,41 +155,37 @@ def insert(
     Raises:
         NoSeparatorError: Another live value crosses one of the cuts.
     """
-    position = {node: i for i, node in enumerate(live.live)}
+    canvas, ends = cut.canvas, cut.ends
     # a finish that begins where the region ends has no nodes: it is the interface's own
     finishes = [None if finish is end else finish for finish, end in zip(finishes, ends, strict=True)]
-    cuts = [position.get(canvas, -1)]  # a canvas that is a model input lies before every live node
-    labels = ["stem"]
-    for k, (finish, end) in enumerate(zip(finishes, ends, strict=True)):
-        start = cuts[-1]
-        if finish is not None:
-            cuts.append(max(position.get(finish, -1), start))
-            labels.append(f"region {k} body")
-            cuts.append(position[end])
-            labels.append(f"region {k} finish")
-        else:
-            cuts.append(position[end])
-            labels.append(f"region {k} body")
-    labels.append("head")
-
-    where = _assign(gm, live, cuts, labels)
-    lanes = [canvas, *ends, *(finish for finish in finishes if finish is not None)]
-    build = _Builder(gm, live, where, owner, lanes)
-    lane = canvas
+    where = _assign(gm, live, cut, finishes)
+    number = {node: i for i, node in enumerate(cut.crossers)}
+    kept = [canvas, *ends, *number, *cut.shared, *(finish for finish in finishes if finish is not None)]
+    build = _Builder(gm, live, where, owner, kept)
     regions: list[RegionPieces] = []
     outputs = _output_nodes(gm)
     prologue = build.piece("prologue", {})
     stem = build.piece("stem", {})
+    before: tuple[fx.Node, ...] = ()
     for k, (finish, end) in enumerate(zip(finishes, ends, strict=True)):
-        entry = f"entry {k}"
-        body = build.piece(f"region {k} body", {lane: entry})
+        lanes = (canvas,) if k == 0 else cut.lanes[k - 1]
+        main = canvas if k == 0 else ends[k - 1]
+        gaps = {node: f"entry {k}" if node is main else f"entry {k} {node.name}" for node in lanes}
+        body = build.piece(f"region {k} body", gaps)
         joint = f"joint {k}"
         after = build.piece(f"region {k} finish", {finish: joint}) if finish is not None else None
-        anchor = entry if finish is lane else (finish or end).name
-        regions.append(RegionPieces(body, after, entry, anchor, joint, end.name))
-        lane = end
-    head = build.piece("head", {lane: "head"}, also=[node for node in outputs if node not in where])
-    build.check([canvas, *ends], finishes)
+        anchor = f"entry {k}" if finish is main else (finish or end).name
+        after_it = cut.lanes[k] if k < len(cut.lanes) else ()
+        read = {name for piece in (body, after) if piece is not None for name in piece.inputs}
+        found = tuple(
+            Gap(node.name, gap, number.get(node, -1)) for node, gap in gaps.items() if gap in read or finish is node
+        )
+        crossing = tuple((number[node], node.name) for node in before)
+        new = tuple((number[node], node.name) for node in after_it if node not in before)
+        regions.append(RegionPieces(body, after, f"entry {k}", found, crossing, new, anchor, joint, end.name))
+        before = after_it
+    head = build.piece("head", {ends[-1]: "head"}, also=[node for node in outputs if node not in where])
+    build.check(cut, finishes)
     for piece in build.built.values():
         piece.code.graph.lint()
         piece.code.recompile()
@@ -182,32 +197,42 @@ def insert(
         head=head,
         head_entry="head",
         canvas=canvas.name,
+        shared=tuple(node.name for node in cut.shared),
         outputs=tuple(_output_leaves(gm, ends[-1])),
         out_spec=out_spec,
-        pieces={label: tuple(n for n, at in where.items() if at == label) for label in ["prologue", *labels]},
+        pieces={label: tuple(nodes) for label, nodes in build.members.items()},
     )
 
 
-def _assign(gm: fx.GraphModule, live: Liveness, cuts: Sequence[int], labels: Sequence[str]) -> dict[fx.Node, str]:
+def _assign(gm: fx.GraphModule, live: Liveness, cut: Cut, finishes: Sequence[fx.Node | None]) -> dict[fx.Node, str]:
     """The piece of every node that is computed once (parameter-only nodes are cloned where they are read)."""
-    part: dict[fx.Node, int] = {}
-    piece = 0
-    for i, node in enumerate(live.live):
-        while piece < len(cuts) and i > cuts[piece]:
-            piece += 1
-        part[node] = piece
+    position = {node: i for i, node in enumerate(live.live)}
+    count = len(cut.ends)
+    # a canvas that is a model input lies before every live node
+    joints = [None if finish is None else position.get(finish, -1) for finish in finishes]
+    place: dict[fx.Node, tuple[int, int]] = {}  # piece, and 1 in a finish: in order of execution
+    for node, k in cut.piece.items():
+        joint = joints[k] if 0 <= k < count else None
+        place[node] = (k, int(joint is not None and position[node] > joint))
+
+    def label(at: tuple[int, int]) -> str:
+        k, late = at
+        if k == STEM:
+            return "stem"
+        return "head" if k == count else f"region {k} {'finish' if late else 'body'}"
+
     where: dict[fx.Node, str] = {}
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr", "output") or _is_check(node):
             continue
         kind = live.kind[node]
         if kind == NUMBER:
-            latest = max((part[before] for before in live.waits[node] if before in part), default=-1)
-            if latest >= 0:
-                part[node] = latest
-            where[node] = labels[latest] if latest >= 0 else "prologue"
+            latest = max((place[before] for before in live.waits[node] if before in place), default=None)
+            if latest is not None:
+                place[node] = latest
+            where[node] = "prologue" if latest is None else label(latest)
         elif kind == LIVE:
-            where[node] = labels[part[node]]
+            where[node] = label(place[node])
         elif kind != PARAMETER_ONLY:
             where[node] = "prologue"
     return where
@@ -233,10 +258,13 @@ class _Builder:
         self.kept = {*_output_nodes(gm), *lanes}
         self.built: dict[str, Piece] = {}
         self.reads: dict[str, list[fx.Node]] = {}
+        self.members: dict[str, list[fx.Node]] = {}
+        for node, label in where.items():
+            self.members.setdefault(label, []).append(node)
 
     def piece(self, label: str, gaps: Mapping[fx.Node, str], *, also: Iterable[fx.Node] = ()) -> Piece:
         """Build one piece; ``gaps`` renames the values that enter by another way than the graph says."""
-        own = {node for node, at in self.where.items() if at == label}
+        own = set(self.members.setdefault(label, []))
         body = self._closure(own, also)
         inside = set(body)
         reads = dict.fromkeys(a for node in body for a in node.all_input_nodes if a not in inside)
@@ -296,10 +324,11 @@ class _Builder:
             target = getattr(target, name)
         return isinstance(target, nn.Module)
 
-    def check(self, lanes: Sequence[fx.Node], finishes: Sequence[fx.Node | None]) -> None:
-        """Every live value that a region or the head reads from outside comes through its gap, and stays as it is."""
-        if len(lanes) == 2 and not any(finishes):
+    def check(self, cut: Cut, finishes: Sequence[fx.Node | None]) -> None:
+        """Every live value that a region reads from outside comes through a gap, and stays as it is."""
+        if len(cut.ends) == 1 and not any(finishes):
             return  # one region: nothing enters the gaps, so values may cross as they like
+        lanes = [cut.canvas, *cut.ends, *(node for some in cut.lanes for node in some)]
         written = [node.name for node in (*lanes, *finishes) if node in self.live.overwritten]
         written += [
             before.name
@@ -310,15 +339,25 @@ class _Builder:
         if written:
             raise NoSeparatorError(
                 f"the memory of {', '.join(dict.fromkeys(written))} is used across a boundary",
-                expected="one tensor that carries everything across each boundary by its value",
+                expected="values that carry everything across each boundary",
                 do="choose other boundaries, or give a number of regions and let the compiler choose",
             )
+        everywhere = {cut.canvas, *cut.shared}
         for label, reads in self.reads.items():
-            stray = [node for node in reads if self.live.kind.get(node) == LIVE]
-            if stray and label not in ("prologue", "stem"):
+            if label in ("prologue", "stem", "head"):
+                continue  # the head may read what any region leaves: such values are taps
+            own = label.removesuffix("body").removesuffix("finish")
+            stray = [
+                node
+                for node in reads
+                if self.live.kind.get(node) == LIVE
+                and node not in everywhere
+                and not (self.where[node] == "stem" and own == "region 0 ")
+            ]
+            if stray:
                 raise NoSeparatorError(
                     f"{label} reads {', '.join(node.name for node in stray)} past its boundary",
-                    expected="one tensor that carries everything across each boundary",
+                    expected="lanes that carry everything across each boundary",
                     do="choose other boundaries, or give a number of regions and let the compiler choose",
                 )
 

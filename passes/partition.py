@@ -2,6 +2,9 @@
 
 Contract: separators in program order and the cost of every node in, a frozen record of the chosen nodes out, each
 with its reason. Deterministic: equal graphs give equal partitions.
+
+Boundaries of one lane in the canvas's shape come first. Where there are too few, where they leave most of the work
+outside, or regions of very different size, ``passes.windows`` finds boundaries of several lanes or other shapes.
 """
 
 from __future__ import annotations
@@ -14,15 +17,19 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lbi_compile.errors import NoSeparatorError, RegionsError, TooManyRegionsError
+from lbi_compile.errors import LBIError, NoSeparatorError, RegionsError, TooManyRegionsError
+from lbi_compile.passes.lanes import Cut, cut, form, main_path
 from lbi_compile.passes.liveness import INPUT, Liveness
 from lbi_compile.passes.separators import Separator
+from lbi_compile.passes.windows import HEAVY, several_lanes
 from lbi_compile.plan import Decision, Point
 
-# a step between two separators counts as work from this share of the median step with FLOPs on
-HEAVY = 0.05
 # how much worse the largest region may get for the sake of cuts that leave a position-wise finish
 FINISH_SLACK = 1.5
+# one-lane boundaries serve poorly where regions are more uneven than this (equal blocks never are), or where they leave
+# more than this share of the work outside of all regions
+POOR_BALANCE = 2.0
+POOR_COVER = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +37,24 @@ class Partition:
     """Where the model is cut.
 
     Attributes:
-        canvas: The node every region may read; a live node, or an input that has the boundaries' shape.
-        ends: The ``K`` nodes ``h_0 .. h_{K-1}`` where regions end; the last one starts the head.
-        candidates: Inner nodes a boundary could have used.
+        cut: Canvas, ends, lanes and the piece of every live node.
+        candidates: Inner nodes a one-lane boundary could have used.
         why: Reasons.
     """
 
-    canvas: fx.Node
-    ends: tuple[fx.Node, ...]
+    cut: Cut
     candidates: tuple[fx.Node, ...]
     why: tuple[Decision, ...]
+
+    @property
+    def canvas(self) -> fx.Node:
+        """The node every region may read; a live node, or an input that has the boundaries' shape."""
+        return self.cut.canvas
+
+    @property
+    def ends(self) -> tuple[fx.Node, ...]:
+        """The ``K`` nodes ``h_0 .. h_{K-1}`` where regions end; the last one starts the head."""
+        return self.cut.ends
 
 
 def partition(
@@ -51,6 +66,8 @@ def partition(
     flops: Mapping[fx.Node, int],
     leaves_finish: Callable[[fx.Node, fx.Node], bool],
     describe: Callable[[fx.Node], Point],
+    starts: Sequence[fx.Node] = (),
+    one_lane: bool = False,
 ) -> Partition:
     """Choose canvas, ``K - 1`` boundaries and the head.
 
@@ -59,21 +76,133 @@ def partition(
     A model may end without a head, where its output has that shape and its last step does as much as the others.
     Between them, dynamic programming finds cuts whose largest region is as small as possible, then of those the most
     even; cuts that leave a finish are preferred while the largest region grows by no more than ``FINISH_SLACK``.
+    Where that fails or serves poorly, minimum vertex cuts with several lanes (``windows.several_lanes``) are tried.
 
     Args:
         live: Liveness of the graph.
-        points: Separators in program order.
-        regions: ``K``, or the nodes to cut at.
+        points: Separators in program order, of the main path (``separators(live, main=main)``).
+        regions: ``K``, or the separators to cut at.
         cost: Work of each node, for balance.
         flops: Matrix FLOPs of each node, to tell work from bookkeeping.
         leaves_finish: Whether the step between two neighbouring candidates is position-wise.
         describe: Name and shape of a node, for messages.
+        starts: With ``regions`` named: the first node of each region but the first, for boundaries of several lanes.
+        one_lane: Take no boundaries of several lanes, or of another shape than the canvas.
 
     Raises:
         NoSeparatorError: A node asked for is no separator.
         RegionsError: A node is asked for twice.
         TooManyRegionsError: Fewer candidates than ``regions - 1``; the message names them.
     """
+    sink, main = main_path(live, flops)
+    total = max(sum(flops.get(node, 0) for node in main), 1)
+    one: Partition | None = None
+    refused: LBIError | None = None
+
+    def attempt(wanted: int | Sequence[fx.Node]) -> Partition:
+        return _one_lane(live, points, sink, main, wanted, cost, flops, leaves_finish, describe)
+
+    try:
+        one = attempt(regions)
+    except (NoSeparatorError, RegionsError, TooManyRegionsError) as error:
+        refused = error
+        if one_lane or (isinstance(error, RegionsError) and len(set(starts)) < len(starts)):
+            raise
+        if isinstance(regions, int) and points:
+            most = attempt(1)
+            most = attempt(len(most.candidates) + 1)
+            share, evenness = _merits(most, flops, cost, total)
+            if most.candidates and share >= 1 - POOR_COVER and evenness <= POOR_BALANCE:
+                raise  # a chain of blocks: more boundaries than it has places would cut blocks in two
+    wanted = regions if isinstance(regions, int) else len(regions) + 1
+    if one is not None and (one_lane or wanted == 1 or not isinstance(regions, int)):
+        return one
+    if one is None and wanted == 1:
+        assert refused is not None
+        raise refused
+    cover, balance = _merits(one, flops, cost, total) if one else (0.0, float("inf"))
+    if one is not None and balance <= POOR_BALANCE and cover >= 1 - POOR_COVER:
+        return one
+    try:
+        found = several_lanes(live, points, sink=sink, main=main, regions=wanted, cost=cost, flops=flops, starts=starts)
+    except (NoSeparatorError, TooManyRegionsError) as error:
+        if one is None:
+            assert refused is not None
+            refused.add_note(f"boundaries of several lanes: {error}")
+            raise refused from error
+        return one
+    several = _several(found, one, points, cost, describe)
+    more, better = _merits(several, flops, cost, total)
+    if one is None or more > cover + POOR_COVER or (balance > POOR_BALANCE and 1.2 * better < balance):
+        return several
+    return one
+
+
+def _merits(
+    made: Partition, flops: Mapping[fx.Node, int], cost: Mapping[fx.Node, int], total: int
+) -> tuple[float, float]:
+    """Share of the main path's FLOPs that lies in regions, and largest over mean region cost."""
+    count = len(made.ends)
+    sizes, inside = [0] * count, 0
+    for node, k in made.cut.piece.items():
+        if 0 <= k < count:
+            sizes[k] += cost.get(node, 0)
+            inside += flops.get(node, 0)
+    return inside / total, max(sizes) * count / max(sum(sizes), 1)
+
+
+def _several(
+    found: Cut,
+    one: Partition | None,
+    points: Sequence[Separator],
+    cost: Mapping[fx.Node, int],
+    describe: Callable[[fx.Node], Point],
+) -> Partition:
+    """The partition of a cut with lanes of several shapes or numbers, with its reasons."""
+    if one is None:
+        why_several = "one-lane boundaries of one shape are too few"
+    else:
+        why_several = "one-lane boundaries of one shape leave too much work outside, or too uneven regions"
+    counts = ", ".join(f"{k}: {len(lanes)}" for k, lanes in enumerate(found.lanes, start=1))
+    made = Partition(found, tuple(point.node for point in points), ())
+    _, balance = _merits(made, {}, cost, 1)
+    names = " | ".join(" + ".join(describe(node).name for node in lanes) for lanes in found.lanes)
+    why = (
+        Decision("lanes", f"per boundary {counts}", f"minimum vertex cuts; {why_several}"),
+        Decision("canvas", describe(found.canvas).name, "the last separator before the first heavy step"),
+        Decision("head", f"after {describe(found.ends[-1]).name}", "the first separator after the last heavy step"),
+        Decision(
+            "boundaries",
+            names or "none",
+            f"the fewest lanes in windows around equal shares; largest over mean region {balance:.2f}",
+        ),
+        *(
+            Decision("shared source", describe(node).name, "next to no work leads to it: every region may read it")
+            for node in found.shared
+        ),
+    )
+    return Partition(found, made.candidates, why)
+
+
+def _one_lane(
+    live: Liveness,
+    points: Sequence[Separator],
+    sink: fx.Node,
+    main: frozenset[fx.Node],
+    regions: int | Sequence[fx.Node],
+    cost: Mapping[fx.Node, int],
+    flops: Mapping[fx.Node, int],
+    leaves_finish: Callable[[fx.Node, fx.Node], bool],
+    describe: Callable[[fx.Node], Point],
+) -> Partition:
+    """Boundaries of one lane in the canvas's shape."""
+
+    def made(
+        canvas: fx.Node, ends: Sequence[fx.Node], candidates: Sequence[fx.Node], why: Sequence[Decision]
+    ) -> Partition:
+        lanes = [(end,) for end in ends[:-1]]
+        return Partition(cut(live, main=main, canvas=canvas, lanes=lanes, ends=ends), tuple(candidates), tuple(why))
+
     weight = list(accumulate((cost.get(node, 0) for node in live.live), initial=0))
     work = list(accumulate((flops.get(node, 0) for node in live.live), initial=0))
     group = _group(points, weight)
@@ -83,12 +212,12 @@ def partition(
         chain = group
     else:  # what is made of the input without work is no further from it than the input, which may skip it
         chain = [Separator(source, -1), *([point for point in group if work[point.position + 1]] or group)]
-    output = Separator(live.sinks[-1], len(live.live) - 1)
+    output = Separator(sink, live.live.index(sink))
     if chain and _is_layer(live, output, chain, work):
         chain.append(output)
     if len(chain) < 2:
         if wanted == 1 and points:
-            return Partition(points[0].node, (points[-1].node,), (), ())
+            return made(points[0].node, (points[-1].node,), (), ())
         raise _too_many(wanted, (), describe)
 
     steps = [work[b.position + 1] - work[a.position + 1] for a, b in pairwise(chain)]
@@ -121,22 +250,17 @@ def partition(
             f"{reason}; largest over mean region {balance:.2f}, chosen among {len(inner)} places",
         )
     )
-    return Partition(canvas.node, tuple(c.node for c in [*cuts, end]), tuple(p.node for p in inner), tuple(why))
-
-
-def _key(node: fx.Node) -> tuple[Any, ...]:
-    value = node.meta["val"]
-    return (tuple(str(size) for size in value.shape), str(value.dtype))
+    return made(canvas.node, [c.node for c in [*cuts, end]], [p.node for p in inner], why)
 
 
 def _is_layer(live: Liveness, output: Separator, chain: Sequence[Separator], work: Sequence[int]) -> bool:
-    """The model's only output goes on with the chain: of its shape, last, and at least half the median step away."""
+    """The model's output goes on with the chain: of its shape, last, and at least half the median step away."""
     node = output.node
     if (
         len(live.sinks) > 1
         or node is not live.live[-1]
         or node in live.overwritten
-        or _key(node) != _key(chain[-1].node)
+        or form(node) != form(chain[-1].node)
     ):
         return False
     steps = [work[b.position + 1] - work[a.position + 1] for a, b in pairwise([*chain, output])]
@@ -150,10 +274,10 @@ def _shape(point: Point) -> str:
 def _group(points: Sequence[Separator], weight: Sequence[int]) -> list[Separator]:
     groups: dict[Any, list[Separator]] = {}
     for point in points:
-        groups.setdefault(_key(point.node), []).append(point)
+        groups.setdefault(form(point.node), []).append(point)
     spans = {key: weight[members[-1].position + 1] - weight[members[0].position + 1] for key, members in groups.items()}
     # a lone separator of another shape in between is a stage of its own width: it ends no group, its work counts
-    return max(groups.values(), key=lambda members: (spans[_key(members[0].node)], len(members)), default=[])
+    return max(groups.values(), key=lambda members: (spans[form(members[0].node)], len(members)), default=[])
 
 
 def _input_canvas(live: Liveness, group: Sequence[Separator], work: Sequence[int]) -> fx.Node | None:
@@ -167,7 +291,7 @@ def _input_canvas(live: Liveness, group: Sequence[Separator], work: Sequence[int
         for before in live.waits[node]
         if live.kind.get(before) == INPUT and isinstance(before.meta.get("val"), Tensor)
     }
-    fitting = [node for node in reads if _key(node) == _key(group[0].node) and node not in live.overwritten]
+    fitting = [node for node in reads if form(node) == form(group[0].node) and node not in live.overwritten]
     if len(fitting) != 1 or len(reads) != 1:
         return None
     late = any(fitting[0] in live.waits[node] for node in live.live[group[0].position + 1 :])

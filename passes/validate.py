@@ -97,6 +97,40 @@ def settle_interface(
     return kind, chosen, tuple(made)
 
 
+def settle_lanes(request: str, cell: str, *, causal: bool) -> tuple[str, None, tuple[Decision, ...]]:
+    """Choose the interface of boundaries with several lanes, or with lanes in another shape than the canvas.
+
+    Args:
+        request: What the user asked for, or ``"auto"``.
+        cell: ``"auto"``; only the token interface has cells.
+        causal: Some lane's positions are those along which the outputs look back only.
+
+    Raises:
+        InterfaceError: The interface asked for needs one lane of the canvas's shape at every boundary.
+        OptionError: A cell is asked for.
+    """
+    if cell != "auto":
+        raise OptionError(f"cell={cell!r} with several lanes", expected="no cell", do="leave cell out")
+    if request == "auto":
+        if causal:
+            why = "several lanes or shapes cross, and outputs look back only along the positions of some"
+            return "chunked", None, (Decision("interface", "chunked", why),)
+        return "pooled", None, (Decision("interface", "pooled", "several lanes or shapes cross the boundaries"),)
+    if request not in ("pooled", "chunked", "identity"):
+        raise InterfaceError(
+            f"interface={request!r} at boundaries with several lanes, or with lanes in another shape than the canvas",
+            expected="pooled, chunked or identity, which have a form for each lane",
+            do='pass interface="auto", or fewer regions so that one lane of the canvas\'s shape crosses each boundary',
+        )
+    if request == "chunked" and not causal:
+        raise InterfaceError(
+            "interface='chunked' where no lane has positions along which the outputs look back",
+            expected="pooled",
+            do='pass interface="auto"',
+        )
+    return request, None, (Decision("interface", request, "asked for"),)
+
+
 def _automatic(rank: int, positions: bool, causal: bool | None, residual: bool) -> tuple[str, str]:
     if rank == 2:
         return "pooled", "the canvas [B, D] has no positions"

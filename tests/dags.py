@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from lbi_compile._torch import pytree
 from lbi_compile.capture import Capture, as_inputs, capture
 from lbi_compile.passes.insert import OutputName, Program, insert
+from lbi_compile.passes.lanes import cut, main_path
 from lbi_compile.passes.liveness import Liveness, liveness
 from lbi_compile.passes.separators import Separator, separators
 
@@ -147,8 +148,13 @@ def split(
     return insert(
         found.gm,
         live=found.live,
-        canvas=canvas,
-        ends=ends,
+        cut=cut(
+            found.live,
+            main=main_path(found.live, dict.fromkeys(found.live.live, 1))[1],
+            canvas=canvas,
+            lanes=[[end] for end in ends[:-1]],
+            ends=ends,
+        ),
         finishes=finishes or [None] * len(ends),
         owner=owner,
         out_spec=found.capture.out_spec,

@@ -402,20 +402,27 @@ class Skip(nn.Module):
         self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x)
+        h = self.b(self.a(x))
         return self.c(torch.tanh(self.b(h)) + h)
 
 
 def test_a_value_past_a_cut_is_refused() -> None:
     found = find(Skip(), torch.randn(3, 4))
-    with pytest.raises(NoSeparatorError, match="region 1 body reads linear past its boundary"):
+    with pytest.raises(NoSeparatorError, match="linear_1 crosses boundary 1 beside tanh"):
         split(found, found.node("linear"), [found.node("tanh"), found.node("add")])
+
+
+def test_the_canvas_may_be_read_past_a_cut() -> None:
+    model, x = Skip(), torch.randn(3, 4)
+    found = find(model, x)
+    program = split(found, found.node("linear_1"), [found.node("tanh"), found.node("add")])
+    assert torch.equal(run(program, [x])[0], model(x))
 
 
 def test_a_value_past_the_start_of_a_finish_is_refused() -> None:
     found = find(Skip(), torch.randn(3, 4))
-    with pytest.raises(NoSeparatorError, match="region 0 finish reads linear past its boundary"):
-        split(found, found.node("linear"), [found.node("add")], [found.node("linear_1")])
+    with pytest.raises(NoSeparatorError, match="region 0 finish reads linear_1 past its boundary"):
+        split(found, found.node("linear"), [found.node("add")], [found.node("linear_2")])
 
 
 class Overwritten(Skip):

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import InterfaceError, LatentWidthError, RegionsError
 from .base import Draw, Interface
 from .chunked import ChunkedInterface, chunk_count, tokens_per_chunk
+from .lanes import IdentityLanes, LaneForm, LanesInterface, PooledLanes
 from .plain import IdentityInterface, ZeroInterface
 from .pooled import PooledInterface, SelfPooledInterface
 from .token import CELLS, SelfTokenInterface, TokenInterface
@@ -30,12 +31,15 @@ __all__ = [
     "ChunkedInterface",
     "IdentityInterface",
     "Interface",
+    "LaneForm",
+    "LanesInterface",
     "PooledInterface",
     "SelfPooledInterface",
     "SelfTokenInterface",
     "TokenInterface",
     "ZeroInterface",
     "build_interface",
+    "build_lanes",
     "canvas_scale",
     "chunk_count",
     "interface_class",
@@ -127,6 +131,46 @@ def build_interface(
         own_finish=_per_region("own_finish", own_finish, default=False, regions=regions),
         cell=cell,
     )
+
+
+def build_lanes(
+    kind: str,
+    *,
+    regions: int,
+    r: int,
+    lanes: Sequence[LaneForm],
+    canvas: LaneForm,
+    like: Tensor,
+    chunk: int | None = None,
+    seed: int = 0,
+) -> LanesInterface:
+    """Make the interface of boundaries with several lanes, or with lanes in another shape than the canvas.
+
+    Args:
+        kind: ``"pooled"``, ``"chunked"`` (for lanes that look back only) or ``"identity"``.
+        regions: Number of regions K.
+        r: Latent width R, shared out among the slots.
+        lanes: Forms of the lanes, in the order in which they first cross.
+        canvas: Form of the canvas.
+        like: Example of the canvas, whose dtype and device the parameters get.
+        chunk: Positions per chunk of lanes that look back only.
+        seed: Seed of the private generator that draws the parameters.
+
+    Raises:
+        InterfaceError: A lane has too few axes.
+        LatentWidthError: ``r`` is too small for the slots.
+    """
+    for index, form in enumerate(lanes):
+        if form.layout.rank < 2:
+            raise InterfaceError(
+                f"lane {index} with {form.layout.rank} axes",
+                expected="lanes with an axis of samples and one of features",
+                do="ask for another number of regions, or name boundaries where no such value crosses",
+            )
+    if kind == "identity":
+        return IdentityLanes(kind, regions=regions, r=r, lanes=lanes)
+    draw = Draw(seed, like=like, scale=canvas_scale(like))
+    return PooledLanes(draw, kind, regions=regions, r=r, lanes=lanes, canvas=canvas, chunk=chunk)
 
 
 def interface_class(kind: str, cell: str | None = None) -> type[Interface]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..passes.layouts import Layout
 
 # Root mean square of GELU(x) for x ~ N(0, 1): keeps the output of a two-layer MLP at unit scale.
 GELU_RMS = 0.652
@@ -38,6 +41,8 @@ class Interface(nn.Module):
         readouts: Readouts that leave no parameter of the model or the interface without a gradient, for K >= 2.
         regions: Number of regions K.
         r: Latent width R.
+        layout: Which dims of the canvas are samples, features and positions; ``None`` where it is folded as it is. The
+            methods below take folded values.
     """
 
     kind: ClassVar[str] = ""
@@ -50,6 +55,7 @@ class Interface(nn.Module):
         super().__init__()
         self.regions = regions
         self.r = r
+        self.layout: Layout | None = None
 
     @classmethod
     def readouts_for(cls, r: int) -> tuple[str, ...]:
@@ -65,6 +71,14 @@ class Interface(nn.Module):
     def parameter_count(self) -> int:
         """How many trainable numbers the interface adds to the model."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def fold(self, value: Tensor) -> Tensor:
+        """A value in the canvas's layout as `[B, D]` or `[B, P, D]`."""
+        return value if self.layout is None else self.layout.fold(value)
+
+    def unfold(self, value: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of ``fold``."""
+        return value if self.layout is None else self.layout.unfold(value, shape)
 
     def initial(self, canvas: Tensor) -> Tensor | None:
         """The latent `m_0` of the canvas; ``None`` where region 0 reads no latent."""

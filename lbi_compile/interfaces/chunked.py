@@ -53,6 +53,43 @@ def tokens_per_chunk(T: int, r: int, chunks: int | None = None) -> int:
     return math.ceil(T / (chunk_count(r, chunks) + 1))
 
 
+class Chunks:
+    """Groups of positions that look back only: C chunks of ``length`` positions, and a last group of all the rest.
+
+    Args:
+        count: Number of chunks C.
+        length: Positions per chunk.
+    """
+
+    def __init__(self, count: int, length: int) -> None:
+        self.count, self.length = count, length
+
+    def pool(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean over each chunk's positions, `[B, T, D]` -> `[B, C, D]`, and which chunks have any `[C, 1]`.
+
+        Sums run over an axis of fixed length: their order, and so their bits, does not depend on T. Padding by the full
+        length keeps shapes free of a case distinction on T, which a dynamic graph could not hold.
+        """
+        length = self.count * self.length
+        slots = F.pad(value, (0, 0, 0, length))[:, :length].unflatten(1, (self.count, self.length))
+        starts = torch.arange(self.count, device=value.device) * self.length
+        counts = (value.shape[1] - starts).clamp(0, self.length)[:, None]  # [C, 1]
+        return slots.sum(2) / counts.clamp(min=1).to(value.dtype), counts > 0
+
+    def readable(self, latent: Tensor) -> Tensor:
+        """What groups 1..C may read: the chunks before them, the others zero, `[B, C, w]` -> `[B, C, C w]`."""
+        index = torch.arange(self.count, device=latent.device)
+        past = index[:, None] >= index  # [C, C]: group g = row + 1 may read chunks 0..g-1
+        # where, not a product with zeros: a NaN in a later chunk must not reach an earlier group.
+        return torch.where(past[:, :, None], latent[:, None], latent.new_zeros(())).flatten(2)
+
+    def spread(self, rows: Tensor, positions: int) -> Tensor:
+        """Give each position its group's row, `[B, C + 1, D]` (groups 0..C) -> `[B, T, D]`."""
+        blocks = rows[:, :-1, None].expand(-1, -1, self.length, -1).flatten(1, 2)  # [B, C * length, D]
+        rest = rows[:, -1:].expand(-1, positions, -1)
+        return torch.cat([blocks, rest], 1)[:, :positions]
+
+
 class ChunkedInterface(Interface):
     """One latent `[B, R]` per sample, made of C chunks of w = R / C numbers that look back only.
 
@@ -72,6 +109,7 @@ class ChunkedInterface(Interface):
     def __init__(self, draw: Draw, *, regions: int, width: int, r: int, chunks: int, chunk: int) -> None:
         super().__init__(regions=regions, r=r)
         self.chunks, self.chunk, self.chunk_width = chunks, chunk, r // chunks
+        self._groups = Chunks(chunks, chunk)
         self.readouts = _readouts(chunks)
         hidden = 4 * r
         self.encode_canvas = Encoder(draw, width=width, hidden=hidden, r=self.chunk_width)
@@ -86,26 +124,23 @@ class ChunkedInterface(Interface):
         return _readouts(chunk_count(r))
 
     def initial(self, canvas: Tensor) -> Tensor:
-        means, filled = self._pool(canvas)
-        return _keep(self.encode_canvas(means), filled).flatten(1)
+        means, filled = self._groups.pool(canvas)
+        return keep(self.encode_canvas(means), filled).flatten(1)
 
     def enter(self, k: int, canvas: Tensor, m: Tensor) -> Tensor:
         latent = m.unflatten(1, (self.chunks, self.chunk_width))  # [B, C, w]
-        index = torch.arange(self.chunks, device=m.device)
-        past = index[:, None] >= index  # [C, C]: group g = row + 1 may read chunks 0..g-1
-        # where, not a product with zeros: a NaN in a later chunk must not reach an earlier group.
-        read = torch.where(past[:, :, None], latent[:, None], latent.new_zeros(()))  # [B, C, C, w]
-        decoded = self.decoders[k](read.flatten(2)).to(canvas.dtype)  # [B, C, D]
-        return canvas + self._spread(decoded, canvas.shape[1])
+        decoded = self.decoders[k](self._groups.readable(latent)).to(canvas.dtype)  # [B, C, D]
+        rows = F.pad(decoded, (0, 0, 1, 0))  # group 0 reads nothing
+        return canvas + self._groups.spread(rows, canvas.shape[1])
 
     def leave(self, k: int, *, m: Tensor, h: Tensor, z: Tensor | None = None) -> Tensor | None:
         if k == self.regions - 1:
             return None
-        means, filled = self._pool(h)
+        means, filled = self._groups.pool(h)
         latent = m.unflatten(1, (self.chunks, self.chunk_width))
         latent = latent + self.gates[k].tanh() * self.encoders[k](means)
         # CUDA's autocast lets the norm of a bfloat16 latent return float32.
-        return _keep(self._norm(latent), filled).flatten(1).to(m.dtype)
+        return keep(chunk_norm(latent), filled).flatten(1).to(m.dtype)
 
     def latent_shape(self, canvas_shape: tuple[int, ...]) -> tuple[int, ...]:
         return canvas_shape[0], self.r
@@ -113,29 +148,12 @@ class ChunkedInterface(Interface):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, chunks={self.chunks}, chunk={self.chunk}"
 
-    def _norm(self, latent: Tensor) -> Tensor:
-        if self.chunk_width < SMALLEST_NORM:
-            return latent.tanh()
-        return latent * torch.rsqrt(latent.square().mean(-1, keepdim=True) + 1e-6)
 
-    def _pool(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean over each chunk's positions `[B, C, D]`, and which chunks have any `[C, 1]`.
-
-        Sums run over an axis of fixed length: their order, and so their bits, does not depend on T. Padding by the full
-        length keeps shapes free of a case distinction on T, which a dynamic graph could not hold.
-        """
-        length = self.chunks * self.chunk
-        slots = F.pad(value, (0, 0, 0, length))[:, :length].unflatten(1, (self.chunks, self.chunk))
-        starts = torch.arange(self.chunks, device=value.device) * self.chunk
-        counts = (value.shape[1] - starts).clamp(0, self.chunk)[:, None]  # [C, 1]
-        return slots.sum(2) / counts.clamp(min=1).to(value.dtype), counts > 0
-
-    def _spread(self, decoded: Tensor, positions: int) -> Tensor:
-        """Give each position its group's row, `[B, C, D]` (groups 1..C) -> `[B, T, D]`; group 0 gets zeros."""
-        rows = F.pad(decoded, (0, 0, 1, 0))
-        blocks = rows[:, :-1, None].expand(-1, -1, self.chunk, -1).flatten(1, 2)  # [B, C * chunk, D]
-        rest = rows[:, -1:].expand(-1, positions, -1)
-        return torch.cat([blocks, rest], 1)[:, :positions]
+def chunk_norm(latent: Tensor) -> Tensor:
+    """Norm of each chunk by itself, `[B, C, w]`: RMS for w >= 4, tanh below. (One across chunks would look ahead.)"""
+    if latent.shape[-1] < SMALLEST_NORM:
+        return latent.tanh()
+    return latent * torch.rsqrt(latent.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def _readouts(chunks: int) -> tuple[str, ...]:
@@ -143,6 +161,6 @@ def _readouts(chunks: int) -> tuple[str, ...]:
     return ("sum",) if chunks == 1 else ("sum", "last")
 
 
-def _keep(latent: Tensor, filled: Tensor) -> Tensor:
+def keep(latent: Tensor, filled: Tensor) -> Tensor:
     """Zero the chunks that have no positions."""
     return torch.where(filled, latent, latent.new_zeros(()))
