@@ -197,6 +197,8 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
             residual=all(residual),
         )
     else:
+        # pooled on demand is the published form, which has no chunks: its leak is measured later
+        blind = frozenset() if options.interface == "pooled" else blind
         made_cut, lanes, lane_why = describe_lanes(
             gm, live, made_cut, shared_sources(live, cost.flops), outputs, blind=blind, naming=naming
         )

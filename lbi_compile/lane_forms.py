@@ -16,8 +16,14 @@ from .naming import Naming
 from .passes.lanes import Cut, allocate, ancestors, form
 from .passes.layouts import Layout, layout
 from .passes.liveness import Liveness, is_float_tensor
+from .passes.names import operator_name
 from .passes.positions import Outputs
 from .plan import Decision, Lane, Plan
+
+# operators through which a residual stream goes on
+_STREAM = frozenset(
+    f"aten.{name}" for name in ("add", "add_", "dropout", "layer_norm", "rms_norm", "group_norm", "mul", "contiguous")
+)
 
 
 def describe_lanes(
@@ -32,9 +38,9 @@ def describe_lanes(
 ) -> tuple[Cut, tuple[Lane, ...], tuple[Decision, ...]]:
     """Slots, readers and bases of the lanes of a cut.
 
-    The base of a lane is the latest shared source of its shape that leads to it; else the canvas, pooled and projected
-    to the lane's shape; else, where the outputs look back only and the canvas has their positions, a learned template:
-    a pooled canvas would let them see later positions.
+    The base of a lane is the latest shared source of its shape that leads to it, one of its own residual stream first;
+    else the canvas, pooled and projected to the lane's shape; else, where the outputs look back only and the canvas has
+    their positions, a learned template: a pooled canvas would let them see later positions.
 
     Args:
         gm: Captured graph.
@@ -80,7 +86,8 @@ def describe_lanes(
             fitting += [cut.canvas] if form(cut.canvas) == form(lane) and is_float_tensor(cut.canvas) else []
         base, source = PROJECTED, 0
         if fitting:
-            chosen = max(fitting, key=lambda node: position.get(node, -1))
+            stream = _stream(live, lane)
+            chosen = max(fitting, key=lambda node: (node in stream, position.get(node, -1)))
             base = SOURCE
             if chosen is not cut.canvas:
                 if chosen not in shared:
@@ -97,6 +104,20 @@ def describe_lanes(
         )
         why.append(Decision(f"lane {point.name}", f"{base}, slot {slots[lane]}", reason))
     return replace(cut, shared=tuple(shared)), tuple(lanes), tuple(why)
+
+
+def _stream(live: Liveness, lane: fx.Node) -> set[fx.Node]:
+    """Values that reach a lane through additions, norms, dropouts and scalings alone: its residual stream."""
+    found: set[fx.Node] = set()
+    pending = [lane]
+    while pending:
+        node = pending.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if operator_name(node) in _STREAM:
+            pending += [a for a in live.waits[node] if live.kind.get(a) == "live" and is_float_tensor(a)]
+    return found
 
 
 def _reached(gm: fx.GraphModule, live: Liveness, index: int) -> set[fx.Node]:

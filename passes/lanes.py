@@ -164,8 +164,8 @@ def assign(
     """The piece of every live node: -1 for the stem, ``k`` for region k, ``K`` for the head.
 
     A node of the main path lies before a boundary iff a lane of the boundary waits for it. Another node, and one that
-    only a gathering tail reads, goes with the region whose values it reads; to the head, where it reads several regions
-    or what the head reads.
+    only a gathering tail reads, goes with the region whose values it reads, if it runs there; else to the head, for
+    which what it reads is a tap.
 
     Args:
         live: Liveness of the graph.
@@ -196,7 +196,8 @@ def assign(
         elif not at:
             piece[node] = max(here, 0)
         else:
-            piece[node] = at.pop() if len(at) == 1 and ends[-1] not in reads else head
+            # not earlier than program order has it: gradients would be summed in another order
+            piece[node] = here if at == {here} and ends[-1] not in reads else head
     return piece
 
 
@@ -244,7 +245,8 @@ def cut(
         bases: Shared sources to list first, even if no later region reads them.
 
     Raises:
-        NoSeparatorError: Other values than ``lanes`` cross a boundary, or random draws would change their order.
+        NoSeparatorError: Other values than ``lanes`` cross a boundary, memory is used on both sides of one, or random
+            draws would change their order.
     """
     tail = gathering_tail(live, gather) if gather is not None else frozenset()
     piece = assign(live, main=main, canvas=canvas, lanes=lanes, ends=ends, tail=tail)
@@ -257,6 +259,18 @@ def cut(
                 expected="lanes that carry everything across each boundary",
                 do="choose other boundaries, or give a number of regions and let the compiler choose",
             )
+    shared_memory = [
+        before.name
+        for node, some in live.memory.items()
+        for before in some
+        if before in piece and node in piece and piece[before] != piece[node] and len(ends) > 1
+    ]
+    if shared_memory:
+        raise NoSeparatorError(
+            f"the memory of {', '.join(dict.fromkeys(shared_memory))} is used across a boundary",
+            expected="values that carry everything across each boundary",
+            do="choose other boundaries, or give a number of regions and let the compiler choose",
+        )
     draws = [piece[node] for node in live.live if is_random(node)]
     if draws != sorted(draws):
         raise NoSeparatorError(

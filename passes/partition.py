@@ -30,6 +30,8 @@ FINISH_SLACK = 1.5
 # more than this share of the work outside of all regions
 POOR_BALANCE = 2.0
 POOR_COVER = 0.2
+# blocks so alike are the model's own: where there are fewer than regions asked for, none is cut in two
+ALIKE = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +114,8 @@ def partition(
             most = attempt(1)
             most = attempt(len(most.candidates) + 1)
             share, evenness = _merits(most, flops, cost, total)
-            if most.candidates and share >= 1 - POOR_COVER and evenness <= POOR_BALANCE:
-                raise  # a chain of blocks: more boundaries than it has places would cut blocks in two
+            if most.candidates and share >= 1 - POOR_COVER and evenness <= ALIKE:
+                raise
     wanted = regions if isinstance(regions, int) else len(regions) + 1
     if one is not None and (one_lane or wanted == 1 or not isinstance(regions, int)):
         return one

@@ -40,7 +40,8 @@ def minimum_cut(
         free: Values that may be read on both sides at no price.
 
     Returns:
-        The lanes in program order; ``None`` where no set of float tensors cuts the window.
+        The lanes in program order; ``None`` where no set of float tensors cuts the window, or where nothing but free
+        values needs to cross it.
 
     A minimum vertex cut by node capacities: each node is split into an edge of its price, dependences have infinite
     capacity in both directions of time (Menger's theorem; Boykov and Kolmogorov, 2004, for the flow).

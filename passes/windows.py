@@ -8,8 +8,10 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
+from math import prod
 from statistics import median
 
+import torch
 from torch import fx
 
 from lbi_compile.errors import NoSeparatorError, TooManyRegionsError
@@ -21,9 +23,11 @@ from lbi_compile.passes.vertex_cut import minimum_cut
 # a step between two separators counts as work from this share of the median step with FLOPs on
 HEAVY = 0.05
 # half widths of the window around each equal share, in mean regions
-WINDOWS = (0.03, 0.07, 0.14, 0.24)
+WINDOWS = (0.03, 0.07, 0.14, 0.24, 0.4)
 # how much evenness (largest over mean region) one lane more at every boundary must bring to be worth it
-LANE_WORTH = 0.1
+LANE_WORTH = 0.2
+# an input that makes so many times the numbers of the first separator is what the model works on, not that separator
+MUCH_LARGER = 4
 # what a lane costs beside its distance from the equal share: new ones, and ones of another shape than the canvas, more
 _LANE, _HELD, _OTHER_SHAPE, _DISTANCE = 10_000, -1_000, 500, 1_000
 
@@ -43,7 +47,7 @@ def several_lanes(
 
     The canvas is the last one-lane separator before the first heavy step, whatever its shape; the head starts at the
     first one after the last heavy step. In a window around each equal share of the work a minimum vertex cut finds the
-    fewest lanes. Of four window widths the best compromise of few lanes and even regions is taken.
+    fewest lanes. Of several window widths the best compromise of few lanes and even regions is taken.
 
     Args:
         live: Liveness of the graph.
@@ -78,14 +82,18 @@ def several_lanes(
             expected=f"at most {max(len(inner), 1)} regions",
             do="ask for fewer",
         )
-    nodes = [canvas, *inner]
+    stem = [node for node in live.live[: position.get(canvas, -1)] if node in main]
+    nodes = [*stem, canvas, *inner]
     place = {node: i for i, node in enumerate(nodes)}
     users: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
-    for node in inner:
-        for before in live.waits[node]:
+    for node in nodes:
+        for before in live.waits.get(node, ()):
             if before in users:
                 users[before].append(node)
-    weight = list(accumulate((cost.get(node, 0) for node in inner), initial=0))  # weight[i]: up to and with nodes[i]
+    weight = [
+        *[0] * len(stem),
+        *accumulate((cost.get(node, 0) for node in inner), initial=0),
+    ]  # up to and with nodes[i]
     free = shared | {canvas}
 
     def made(lanes: Sequence[Sequence[fx.Node]]) -> Cut:
@@ -93,12 +101,12 @@ def several_lanes(
         return cut(live, main=main, canvas=canvas, lanes=lanes, ends=ends, gather=gather, shared=shared)
 
     if starts:
-        return made([_crossing_at(node, nodes, place, users, free) for node in starts])
+        return made([_crossing_at(node, nodes, place, users, free, first=len(stem)) for node in starts])
     best: tuple[float, Cut] | None = None
     refused: NoSeparatorError | TooManyRegionsError | None = None
     for half in WINDOWS:
         try:
-            found = made(_in_windows(live, nodes, users, weight, regions, half, free, canvas))
+            found = made(_in_windows(live, nodes, users, weight, regions, half, free, canvas, first=len(stem)))
         except (NoSeparatorError, TooManyRegionsError) as error:
             refused = error
             continue
@@ -125,6 +133,9 @@ def _frame(
     last = Separator(sink, live.live.index(sink))
     start = next(i for i, node in enumerate(live.live) if node in main and is_float_tensor(node))
     half = max(work[-1], 1) / 2
+    entry = _late_entry(live, chain, main)
+    if entry is not None:
+        chain = [Separator(entry, live.live.index(entry)), *(p for p in chain if p.position > live.live.index(entry))]
     # most of the work lies before the first separator, or after the last one: nothing better than the model's ends
     if not chain or (work[chain[0].position + 1] > half and chain[0].position > start):
         chain.insert(0, Separator(live.live[start], start))
@@ -138,6 +149,24 @@ def _frame(
     return chain[heavy[0]].node, chain[heavy[-1] + 1].node
 
 
+def _late_entry(live: Liveness, chain: Sequence[Separator], main: frozenset[fx.Node]) -> fx.Node | None:
+    """Where a much larger input enters after the first separator: that one carried a condition only (a time step)."""
+    if not chain:
+        return None
+    entries = [
+        node
+        for node in live.live[chain[0].position + 1 :]
+        if node in main and is_float_tensor(node) and not any(before in main for before in live.waits[node])
+    ]
+    largest = max(entries, key=_numbers, default=None)
+    return largest if largest is not None and _numbers(largest) > MUCH_LARGER * _numbers(chain[0].node) else None
+
+
+def _numbers(node: fx.Node) -> int:
+    """How many numbers a value has at the example inputs."""
+    return prod(size.node.hint if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape)
+
+
 def _in_windows(
     live: Liveness,
     nodes: Sequence[fx.Node],
@@ -147,6 +176,8 @@ def _in_windows(
     half: float,
     free: frozenset[fx.Node],
     canvas: fx.Node,
+    *,
+    first: int,
 ) -> list[tuple[fx.Node, ...]]:
     """Lanes of the boundaries, each a minimum cut within ``half`` a mean region of its equal share."""
     mean = weight[-1] / regions
@@ -155,7 +186,7 @@ def _in_windows(
     held: set[fx.Node] = set()
     for k in range(1, regions):
         target = k * mean
-        previous = max((place[node] for node in found[-1]), default=0) if found else 0
+        previous = max(first, *(place[node] for node in found[-1])) if found else first
         low = max(bisect_right(weight, target - half * mean) - 1, previous)
         high = min(bisect_left(weight, target + half * mean) + 1, len(nodes) - 1)
 
@@ -213,9 +244,11 @@ def _crossing_at(
     place: Mapping[fx.Node, int],
     users: Mapping[fx.Node, Sequence[fx.Node]],
     free: frozenset[fx.Node],
+    *,
+    first: int,
 ) -> tuple[fx.Node, ...]:
     """What program order carries from before ``start`` to it and what follows."""
-    if start not in place or place[start] < 2:
+    if start not in place or place[start] < first + 2:
         raise NoSeparatorError(
             f"a region that starts at {start.name}",
             expected="a region that starts behind the canvas, at work that leads to the main output",

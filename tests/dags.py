@@ -169,6 +169,9 @@ def run(program: Program, leaves: Sequence[Any], *, gap: Callable[[str, Tensor],
     lane = values[program.canvas]
     for pieces in program.regions:
         values[pieces.entry] = gap(pieces.entry, lane)
+        for other in pieces.gaps:
+            if other.entry != pieces.entry:
+                values[other.entry] = gap(other.entry, values[other.lane])
         pieces.body.run(values)
         if pieces.finish is not None:
             values[pieces.joint] = gap(pieces.joint, values[pieces.anchor])

@@ -284,10 +284,10 @@ class IdentityLanes(LanesInterface):
         self, k: int, m: Tensor, shapes: Mapping[int, Sequence[int]], sources: Sequence[Tensor]
     ) -> dict[int, Tensor]:
         lanes = self.crossing(k)
-        folded = {i: _folded(self.lanes[i].layout, shapes[i]) for i in lanes}
-        parts = m.split([_product(folded[i][1:]) for i in lanes], 1)
+        native = {i: _samples_first(self.lanes[i].layout, shapes[i]) for i in lanes}
+        parts = m.split([_product(native[i][1:]) for i in lanes], 1)
         return {
-            i: self.lanes[i].layout.unfold(part.reshape(folded[i]), shapes[i])
+            i: part.reshape(native[i]).movedim(0, self.lanes[i].layout.batch)
             for i, part in zip(lanes, parts, strict=True)
         }
 
@@ -297,14 +297,13 @@ class IdentityLanes(LanesInterface):
         if k == self.regions - 1:
             return None
         values = {**read, **new}
-        return torch.cat([self.lanes[i].layout.fold(values[i]).flatten(1) for i in self.crossing(k + 1)], 1)
+        # not folded: the order in memory stays as it is, and with it the kernels that are chosen
+        return torch.cat([values[i].movedim(self.lanes[i].layout.batch, 0).flatten(1) for i in self.crossing(k + 1)], 1)
 
 
-def _folded(layout: Layout | AlongAxis, shape: Sequence[int]) -> list[int]:
-    """Sizes of a folded value of sizes ``shape``."""
-    positions = [_product([shape[dim] for dim in layout.positions])] if layout.positions else []
-    rest = [shape[dim] for dim in range(layout.rank) if dim != layout.batch and dim not in layout.positions]
-    return [shape[layout.batch], *positions, _product(rest)]
+def _samples_first(layout: Layout | AlongAxis, shape: Sequence[int]) -> list[int]:
+    """Sizes with the axis of samples in front."""
+    return [shape[layout.batch], *(size for dim, size in enumerate(shape) if dim != layout.batch)]
 
 
 class _Template(nn.Module):

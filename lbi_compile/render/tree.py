@@ -87,11 +87,15 @@ class _Columns:
 
 def _header(plan: Plan, engine: str | None) -> Iterator[tuple[str, RenderableType]]:
     reasons = {decision.about: decision.why for decision in plan.why}
+    if "capture" in reasons:
+        yield "capture", _because("child modules, opaque", reasons["capture"])
     yield "interface", _because(_crossing(plan), reasons.get("interface"))
     yield "readout", _because(plan.readout, reasons.get("readout"))
     if engine:
         yield "engine", engine
     yield "canvas", f"{plan.canvas.name}  {shape(plan.canvas)}"
+    for point in plan.shared:
+        yield "shared", f"{point.name}  {shape(point)}"
     yield "inputs", ", ".join(f"{name} [{', '.join(map(str, sizes))}]" for name, sizes in plan.inputs)
     yield "dynamic", ", ".join(plan.dynamic) or "none: every call must have the shapes of the example inputs"
     if plan.causal is not None:
@@ -116,7 +120,10 @@ def _crossing(plan: Plan) -> str:
 
 def _details(plan: Plan, region: RegionPlan) -> Iterator[tuple[str, RenderableType]]:
     last = region.index == len(plan.regions) - 1
-    yield "output   " if last else "separator", f"{region.end.name}  {shape(region.end)}"
+    if last or not plan.lanes:
+        yield "output   " if last else "separator", f"{region.end.name}  {shape(region.end)}"
+    else:
+        yield from _lanes(plan, region.index + 1)
     if region.own_finish:
         yield "finish", "a small MLP of the interface: the region ends in an op that mixes positions"
     elif region.finish:
@@ -124,6 +131,14 @@ def _details(plan: Plan, region: RegionPlan) -> Iterator[tuple[str, RenderableTy
     if not last:
         sent, back = size(region.forward_bytes), size(region.backward_bytes)
         yield "crossing", f"m_{region.index + 1} ({_crossing(plan)}): {sent} forward, {back} backward"
+
+
+def _lanes(plan: Plan, boundary: int) -> Iterator[tuple[str, RenderableType]]:
+    """The lanes that cross a boundary; one that has crossed before passes on in its slot."""
+    for lane in plan.lanes:
+        if lane.first <= boundary <= lane.last:
+            held = "passes on in" if lane.first < boundary else "into"
+            yield "lane", f"{lane.point.name}  {shape(lane.point)}  {held} slot {lane.slot}"
 
 
 def _reasons(plan: Plan) -> Iterator[RenderableType]:
