@@ -6,38 +6,46 @@ random state is put back after a probe. Unsure means coupled.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor, fx
 
-from lbi_compile._torch import pytree
-from lbi_compile.errors import BatchCouplingError, OptionError
-from lbi_compile.passes.axis_calls import ABSENT, AxisState
+from lbi_compile.errors import BatchCouplingError
+from lbi_compile.passes.axis_calls import AxisState, Shapes
+from lbi_compile.passes.axis_probes import (
+    ANTICAUSAL,
+    CAUSAL,
+    MIXED,
+    POSITION_WISE,
+    Verdict,
+    contradicts,
+    probe_axis,
+    sees_later,
+)
 from lbi_compile.passes.axis_rules import follow
+from lbi_compile.passes.axis_writes import settle_writes
+from lbi_compile.passes.layouts import Layout
 from lbi_compile.passes.names import describe, operator_name
 
-POSITION_WISE, CAUSAL, ANTICAUSAL, MIXED = "position-wise", "causal", "anticausal", "mixed"
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """How output positions along an axis depend on input positions.
-
-    Attributes:
-        kind: ``"position-wise"`` (output t reads input t only), ``"causal"`` (inputs up to t), ``"anticausal"`` (inputs
-            from t on) or ``"mixed"``.
-        how: ``"static"`` where rules decided, ``"probe"`` where gradients were measured.
-        why: The reason in a sentence.
-        node: The operator that mixes, or that no rule covers, where one is to blame.
-    """
-
-    kind: str
-    how: str
-    why: str
-    node: fx.Node | None = None
+__all__ = [
+    "ANTICAUSAL",
+    "CAUSAL",
+    "MIXED",
+    "POSITION_WISE",
+    "Verdict",
+    "batch_coupling",
+    "batch_couplings",
+    "classify",
+    "classify_positions",
+    "coupling_error",
+    "probe_axis",
+    "sees_later",
+    "trace_axis",
+]
 
 
 def trace_axis(
@@ -45,7 +53,9 @@ def trace_axis(
     *,
     source: fx.Node,
     axis: int,
-    shapes: Mapping[fx.Node, tuple[int, ...] | None],
+    shapes: Shapes,
+    stride: int = 1,
+    size: int | None = None,
 ) -> Mapping[fx.Node, AxisState]:
     """Follow one axis of ``source`` through ``nodes``.
 
@@ -58,6 +68,9 @@ def trace_axis(
         axis: Which of its dims.
         shapes: Sizes of every node that gives one tensor (``Costs.shape``), taken where the sizes of different axes
             differ: a view that swaps two axes of equal size cannot be told from one that keeps them.
+        stride: Positions of the dim for one step of the axis, where the axis is a part of the dim (the rows of
+            flattened pixels).
+        size: Positions of such a part.
 
     Returns:
         A state for ``source`` and for every node.
@@ -68,197 +81,23 @@ def trace_axis(
     """
     shape = shapes[source]
     assert shape is not None
+    size = shape[axis] if size is None else size
     states: dict[fx.Node, AxisState] = {}
-    if shape[axis] < 2:
-        states[source] = AxisState("mixed", node=source, why="an axis of size 1 cannot be followed")
+    if size < 2:
+        states[source] = AxisState("mixed", node=source, why=_SINGLE)
     else:
-        states[source] = AxisState("at", dim=axis % len(shape))
+        states[source] = AxisState("at", dim=axis % len(shape), stride=stride)
     spoilt: AxisState | None = None
+    nodes = [node for node in nodes if node is not source]
+    ahead = set(nodes)
     for node in nodes:
-        if node is source:
-            continue
-        states[node] = spoilt or follow(node, states, shapes, size=shape[axis])
-        spoilt = spoilt or _spoils(node, states)
+        ahead.discard(node)
+        states[node] = spoilt or follow(node, states, shapes, size=size)
+        spoilt = spoilt or settle_writes(node, states, ahead)
     return states
 
 
-def _spoils(node: fx.Node, states: Mapping[fx.Node, AxisState]) -> AxisState | None:
-    """The state of all that follows a write which may leave the states of other views of its memory untrue."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return None
-    values = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-    written = [
-        states.get(leaf, ABSENT)
-        for argument in schema.arguments
-        if argument.alias_info is not None and argument.alias_info.is_write
-        for leaf in pytree.tree_leaves(values.get(argument.name))
-        if isinstance(leaf, fx.Node)
-    ]
-    result = states[node]
-    if result.kind != "mixed" and all(state == result for state in written):
-        return None
-    return AxisState("mixed", node=node, why=f"{operator_name(node)} writes the axis into memory other nodes may read")
-
-
-def probe_axis(
-    fn: Callable[[Tensor], Tensor], inputs: Tensor, *, axis_in: int, axis_out: int, seeds: int = 3
-) -> Verdict:
-    """Measure how output positions of ``fn`` depend on input positions: vector-Jacobian products and exact zeros.
-
-    Each seed probes another position t (middle, first, last, then random ones) with a random cotangent on t alone, then
-    halves of the positions (over all seeds every pair of positions is asked about), or, once some position reads
-    another, all positions up to a cut and all after it: the gradient must be exactly zero at the positions that the
-    verdict excludes. The first seed uses ``inputs``, the others scale each element by about a tenth, so that no dead
-    unit hides a path. Every run of ``fn`` sees the same random numbers. A gradient says nothing about values that flow
-    through integers or detached tensors.
-
-    Args:
-        fn: Maps a float tensor to a float tensor.
-        inputs: Its argument, with at least 2 positions; no gradient flows into it.
-        axis_in: Dim of the argument.
-        axis_out: Dim of the result.
-        seeds: Positions probed, at least 3.
-
-    Returns:
-        The verdict, ``how="probe"``; ``"mixed"`` where a gradient is NaN or the two sizes differ.
-
-    Raises:
-        OptionError: Fewer than 3 seeds.
-
-    Example:
-        >>> probe_axis(lambda x: x.cumsum(1), torch.randn(2, 5, 3), axis_in=1, axis_out=1).kind
-        'causal'
-    """
-    if seeds < 3:
-        raise OptionError(f"seeds={seeds}", expected="at least 3", do="one probed position proves too little")
-    size = inputs.shape[axis_in]
-    if size < 2:
-        return Verdict(MIXED, "probe", "an axis of size 1 has no other position to compare with")
-    left = {POSITION_WISE, CAUSAL, ANTICAUSAL}
-    reached = False
-    with _same_random_numbers(inputs.device) as rewind:
-        for seed, at in enumerate(_positions(size, seeds)):
-            generator = torch.Generator().manual_seed(seed)
-            x = inputs.detach().clone()
-            if seed:
-                x = x * (1 + 0.1 * torch.randn(x.shape, generator=generator)).to(x)
-            rewind()
-            with torch.enable_grad():
-                y = fn(x.requires_grad_().clone())  # a copy, because fn may write to its argument
-            if y.shape[axis_out] != size:
-                return Verdict(MIXED, "probe", f"{size} input positions, but {y.shape[axis_out]} output positions")
-            for kind, cotangent_at in _questions(left, seed, seeds, at, size, generator):
-                if kind is not None and kind not in left:
-                    continue
-                reads = _reads(y, x, cotangent_at, axis_in, axis_out, generator)
-                if reads is None:
-                    return Verdict(MIXED, "probe", f"the gradient of position {at} is NaN")
-                reached |= bool(reads.any())
-                if bool((reads & ~cotangent_at).any()):
-                    left.discard(kind or POSITION_WISE)
-                if kind is None:
-                    left -= {CAUSAL} if bool(reads[at + 1 :].any()) else set()
-                    left -= {ANTICAUSAL} if bool(reads[:at].any()) else set()
-            if not left:
-                return Verdict(MIXED, "probe", "gradients reach positions before and after the probed ones")
-    if not reached:
-        return Verdict(POSITION_WISE, "probe", f"no gradient reaches the input ({seeds} cotangents)")
-    if POSITION_WISE in left:
-        return Verdict(POSITION_WISE, "probe", f"exactly zero gradient from all other positions ({seeds} positions)")
-    if left == {CAUSAL}:
-        return Verdict(CAUSAL, "probe", f"exactly zero gradient from all later positions ({seeds} positions)")
-    if left == {ANTICAUSAL}:
-        return Verdict(ANTICAUSAL, "probe", f"exactly zero gradient from all earlier positions ({seeds} positions)")
-    return Verdict(MIXED, "probe", "some positions have gradient from others, seen too rarely to tell the direction")
-
-
-def _positions(size: int, seeds: int) -> list[int]:
-    """The positions to probe. The first and the last one show a dependence that wraps around."""
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
-    order = list(dict.fromkeys([size // 2, 0, size - 1, *order]))
-    return [order[i % size] for i in range(seeds)]
-
-
-def _questions(
-    left: set[str], seed: int, seeds: int, at: int, size: int, generator: torch.Generator
-) -> Iterator[tuple[str | None, Tensor]]:
-    """Where to put cotangents, and which kind a gradient anywhere else refutes (``None``: look on which side)."""
-    where = torch.arange(size)
-    yield None, where == at
-    # Two positions differ in a bit of their index: halves by each bit, over all seeds, ask about every pair.
-    for bit in range(seed, (size - 1).bit_length(), seeds):
-        for value in (0, 1):
-            yield POSITION_WISE, (where >> bit) & 1 == value
-    if POSITION_WISE not in left:
-        for cut in {min(at, size - 2), int(torch.randint(size - 1, (), generator=generator))}:
-            yield CAUSAL, where <= cut
-            yield ANTICAUSAL, where > cut
-
-
-def _reads(y: Tensor, x: Tensor, at: Tensor, axis_in: int, axis_out: int, generator: torch.Generator) -> Tensor | None:
-    """Input positions with a gradient from the output positions ``at``; ``None`` where a gradient is NaN."""
-    nothing = torch.zeros_like(at)
-    if not y.requires_grad:
-        return nothing
-    shape = [1] * y.dim()
-    shape[axis_out] = -1
-    noise = torch.randn(y.shape, generator=generator, dtype=torch.float32)
-    cotangent = torch.where(at.view(shape), noise, 0.0).to(y)
-    (gradient,) = torch.autograd.grad(y, x, cotangent, retain_graph=True, allow_unused=True)
-    if gradient is None:
-        return nothing
-    if bool(gradient.isnan().any()):
-        return None
-    return (gradient != 0).movedim(axis_in, 0).flatten(1).any(1).cpu()
-
-
-def sees_later(fn: Callable[[Tensor], Tensor], inputs: Tensor, *, axis_in: int, axis_out: int) -> bool:
-    """Whether changing later positions of the input changes an earlier position of the result, in any bit.
-
-    Complements ``probe_axis``: a dependence through integers or detached tensors (a routing decision, a statistic) has
-    no gradient. Every run sees the same random numbers.
-
-    Args:
-        fn: Maps a float tensor to a float tensor.
-        inputs: Its argument.
-        axis_in: Dim of the argument.
-        axis_out: Dim of the result.
-
-    Example:
-        >>> sees_later(lambda x: x - x.detach().mean(1, keepdim=True), torch.randn(2, 5, 3), axis_in=1, axis_out=1)
-        True
-    """
-    size = inputs.shape[axis_in]
-    with _same_random_numbers(inputs.device) as rewind, torch.no_grad():
-        rewind()
-        expected = fn(inputs.detach().clone())
-        for t in sorted({1, size // 2, size - 1} & set(range(1, size))):
-            changed = inputs.detach().clone()
-            late = changed.narrow(axis_in, t, size - t)
-            late.copy_(late.flip(axis_in) * -1.5 + 0.5)
-            rewind()
-            got = fn(changed)
-            if not torch.equal(got.narrow(axis_out, 0, t), expected.narrow(axis_out, 0, t)):
-                return True
-    return False
-
-
-@contextlib.contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Gives a function that puts the random state back to what it is now, and calls it at the end."""
-    on_cpu = torch.get_rng_state()
-    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def rewind() -> None:
-        torch.set_rng_state(on_cpu)
-        if on_gpu is not None:
-            torch.cuda.set_rng_state(on_gpu, device)
-
-    try:
-        yield rewind
-    finally:
-        rewind()
+_SINGLE = "an axis of size 1 cannot be followed"
 
 
 def classify(
@@ -268,7 +107,7 @@ def classify(
     sink: fx.Node,
     axis_in: int,
     axis_out: int,
-    shapes: Mapping[fx.Node, tuple[int, ...] | None],
+    shapes: Shapes,
     fn: Callable[[Tensor], Tensor] | None = None,
     example: Tensor | None = None,
 ) -> Verdict:
@@ -285,26 +124,164 @@ def classify(
         example: A value of ``source``.
 
     Returns:
-        The verdict; ``"mixed"`` where the rules are unsure and no ``fn`` is given.
+        The verdict; ``"mixed"`` where the rules are unsure and no ``fn`` is given, so that it proves no mixing.
     """
     state = trace_axis(nodes, source=source, axis=axis_in, shapes=shapes)[sink]
+    found = _proven(state, source, sink, axis_in, axis_out, shapes)
+    return found if isinstance(found, Verdict) else _measured(found, fn, example, axis_in, axis_out)
+
+
+def _proven(
+    state: AxisState, source: fx.Node, sink: fx.Node, axis_in: int, axis_out: int, shapes: Shapes
+) -> Verdict | AxisState:
+    """The verdict that a state of ``sink`` proves, or what is to be measured."""
     whole, part = shapes[source], shapes[sink]
     assert whole is not None
     if state.kind == "absent":
-        return Verdict(POSITION_WISE, "static", "does not depend on the source")
+        return _UNRELATED
     if state.kind == "at":
         assert part is not None
         if state.dim == axis_out % len(part) and part[axis_out] == whole[axis_in]:
-            return Verdict(POSITION_WISE, "static", "every operator on the way keeps the positions apart")
-        blame, reason = sink, f"the axis leaves {operator_name(sink)} as dim {state.dim} of {list(part)}"
-    else:
-        blame, reason = state.node, state.why
+            return _APART
+        state = _elsewhere(state, sink, part)
+    if part is not None and part[axis_out] != whole[axis_in]:
+        return _of_other_size(whole[axis_in], part[axis_out], state)
+    return state
+
+
+_UNRELATED = Verdict(POSITION_WISE, "static", "does not depend on the source")
+_APART = Verdict(POSITION_WISE, "static", "every operator on the way keeps the positions apart")
+
+
+def _elsewhere(state: AxisState, sink: fx.Node, shape: Sequence[int]) -> AxisState:
+    """An axis that is kept, but not where it is looked for."""
+    why = f"the axis leaves {operator_name(sink)} as dim {state.dim} of {list(shape)}"
+    return AxisState("mixed", node=sink, why=why)
+
+
+def _of_other_size(before: int, after: int, state: AxisState) -> Verdict:
+    return Verdict(MIXED, "static", f"{before} input positions, but {after} output positions; {state.why}", state.node)
+
+
+def _measured(
+    state: AxisState, fn: Callable[[Tensor], Tensor] | None, example: Tensor | None, axis_in: int, axis_out: int
+) -> Verdict:
+    """The probe's verdict where the rules give a state of kind ``"mixed"``."""
     if state.certain or fn is None or example is None:
-        return Verdict(MIXED, "static", reason if state.certain else f"{reason}; unsure counts as mixed", blame)
-    measured = probe_axis(fn, example, axis_in=axis_in, axis_out=axis_out)
-    if measured.kind == POSITION_WISE:
-        return measured
-    return replace(measured, why=f"{measured.why}; {reason}", node=blame)
+        why = state.why if state.certain else f"{state.why}; unsure counts as mixed"
+        return Verdict(MIXED, "static", why, state.node)
+    found = probe_axis(fn, example, axis_in=axis_in, axis_out=axis_out)
+    if found.kind != MIXED and contradicts(found.kind, fn, example, axis_in=axis_in, axis_out=axis_out):
+        found = Verdict(MIXED, "probe", f"{found.why}, but values of other positions change the result")
+    return found if found.kind == POSITION_WISE else replace(found, why=f"{found.why}; {state.why}", node=state.node)
+
+
+def classify_positions(
+    nodes: Iterable[fx.Node],
+    *,
+    source: fx.Node,
+    sink: fx.Node,
+    source_layout: Layout,
+    sink_layout: Layout,
+    shapes: Shapes,
+    fn: Callable[[Tensor], Tensor] | None = None,
+    example: Tensor | None = None,
+) -> Verdict:
+    """How ``sink`` depends on ``source`` along all position axes at once: rows and columns of an image, say.
+
+    Positions are those of the folded values (``Layout.fold``), in row-major order; an image and its flattened pixels
+    have the same. Each axis is followed by the static rules, all are measured together where one is unproven.
+
+    Args:
+        nodes: Nodes between them, in program order, ``sink`` included.
+        source: The node that is read.
+        sink: The node that reads.
+        source_layout: Which dims of ``source`` are positions.
+        sink_layout: Which dims of ``sink`` are.
+        shapes: Sizes of every node that gives one tensor (``Costs.shape``).
+        fn: Runs ``nodes``: value of ``source`` to value of ``sink``, both unfolded.
+        example: A value of ``source``.
+
+    Returns:
+        The verdict, ``"position-wise"`` where position p of ``sink`` reads position p of ``source`` alone; ``"causal"``
+        and ``"anticausal"`` are measured, and meant in row-major order.
+
+    Example:
+        >>> image = Layout(batch=0, width=1, rank=4)
+        >>> classify_positions(
+        ...     nodes, source=a, sink=h, source_layout=image, sink_layout=image, shapes=record.shape
+        ... ).kind
+        'position-wise'
+    """
+    nodes, whole, part = list(nodes), shapes[source], shapes[sink]
+    assert whole is not None
+    assert part is not None
+    before = [whole[dim] for dim in source_layout.positions]
+    after = [part[dim] for dim in sink_layout.positions]
+    if prod(before) != prod(after):
+        state = AxisState("mixed", node=sink, why=f"{operator_name(sink)} gives others")
+        return _of_other_size(prod(before), prod(after), state)
+    if _has_single(source, source_layout, whole):
+        return _measured(AxisState("mixed", node=source, why=_SINGLE), None, None, 1, 1)
+    states = [
+        _placed(
+            trace_axis(nodes, source=source, axis=dim, shapes=shapes, stride=stride, size=size)[sink],
+            sink,
+            sink_layout,
+            part,
+            below=stride * prod(before[source_layout.positions.index(dim) + 1 :]),
+        )
+        for dim, stride, size in _pieces(source_layout.positions, before, after)
+    ]
+    mixed = sorted((state for state in states if state.kind == "mixed"), key=lambda state: not state.certain)
+    if not mixed:
+        return _APART if any(state.kind == "at" for state in states) else _UNRELATED
+    if fn is None or example is None:
+        return _measured(mixed[0], None, None, 1, 1)
+    run, native = fn, example
+
+    def folded(x: Tensor) -> Tensor:
+        # in the memory order of the example, which the graph may rely on
+        return sink_layout.fold(run(torch.empty_like(native).copy_(source_layout.unfold(x, native.shape))))
+
+    return _measured(mixed[0], folded, source_layout.fold(example), 1, 1)
+
+
+def _has_single(source: fx.Node, layout: Layout, shape: Sequence[int]) -> bool:
+    """There is only one position here, or along an axis that may have more elsewhere."""
+    value = source.meta.get("val")
+    sizes = value.shape if isinstance(value, Tensor) else [None] * len(shape)
+    single = [dim for dim in layout.positions if shape[dim] == 1]
+    return len(single) == len(layout.positions) or any(not isinstance(sizes[dim], int) for dim in single)
+
+
+def _placed(state: AxisState, sink: fx.Node, layout: Layout, shape: Sequence[int], *, below: int) -> AxisState:
+    """The state, mixed where the axis is not in a position dim of ``sink`` with ``below`` positions in each step."""
+    if state.kind != "at":
+        return state
+    inner = prod(shape[dim] for dim in layout.positions if dim > state.dim)
+    return state if state.dim in layout.positions and state.stride * inner == below else _elsewhere(state, sink, shape)
+
+
+def _pieces(dims: Sequence[int], before: Sequence[int], after: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Axes of more than one position to follow, each a dim of the source with stride and size.
+
+    A dim is cut where the sink cuts its positions, if the two ways go together.
+    """
+    cuts = sorted(_inner(before) | _inner(after))
+    if any(b % a for a, b in pairwise(cuts)):
+        cuts = sorted(_inner(before))
+    found = []
+    for i, dim in enumerate(dims):
+        inner = prod(before[i + 1 :])
+        inside = [cut for cut in cuts if inner <= cut <= inner * before[i]]
+        found += [(dim, a // inner, b // a) for a, b in pairwise(inside)]
+    return found
+
+
+def _inner(sizes: Sequence[int]) -> set[int]:
+    """How many positions are below each step of the dims, and all of them."""
+    return {prod(sizes[i:]) for i in range(len(sizes) + 1)}
 
 
 def batch_coupling(
@@ -312,16 +289,60 @@ def batch_coupling(
     *,
     source: fx.Node,
     sink: fx.Node,
-    shapes: Mapping[fx.Node, tuple[int, ...] | None],
+    shapes: Shapes,
+    axis_in: int = 0,
+    axis_out: int = 0,
     fn: Callable[[Tensor], Tensor] | None = None,
     example: Tensor | None = None,
 ) -> Verdict:
-    """Whether the samples (dim 0) of ``source`` are mixed on the way to ``sink``; arguments as for ``classify``.
+    """Whether the samples of ``source`` are mixed on the way to ``sink``; arguments as for ``classify``.
 
     Returns:
         ``"position-wise"`` where they are not, else ``"mixed"`` with the node to blame.
     """
-    found = classify(nodes, source=source, sink=sink, axis_in=0, axis_out=0, shapes=shapes, fn=fn, example=example)
+    found = classify(
+        nodes, source=source, sink=sink, axis_in=axis_in, axis_out=axis_out, shapes=shapes, fn=fn, example=example
+    )
+    return _coupled(found)
+
+
+def batch_couplings(
+    nodes: Iterable[fx.Node],
+    *,
+    source: fx.Node,
+    sinks: Mapping[fx.Node, int],
+    shapes: Shapes,
+    axis_in: int = 0,
+    function: Callable[[fx.Node], Callable[[Tensor], Tensor] | None] | None = None,
+    example: Tensor | None = None,
+) -> dict[fx.Node, Verdict]:
+    """``batch_coupling`` for several sinks with one pass over the nodes.
+
+    Args:
+        nodes: Nodes between them, in program order, every sink included.
+        source: The node that is read.
+        sinks: The nodes that read, each with the dim of its samples.
+        shapes: Sizes of every node that gives one tensor (``Costs.shape``).
+        axis_in: Dim of the samples of ``source``.
+        function: For a sink what runs ``nodes``: value of ``source`` to value of the sink. Only asked where the rules
+            are unsure.
+        example: A value of ``source``.
+
+    Returns:
+        A verdict for each sink.
+    """
+    states = trace_axis(nodes, source=source, axis=axis_in, shapes=shapes)
+    verdicts = {}
+    for sink, axis_out in sinks.items():
+        found = _proven(states[sink], source, sink, axis_in, axis_out, shapes)
+        if not isinstance(found, Verdict):
+            fn = None if function is None or found.certain else function(sink)
+            found = _measured(found, fn, example, axis_in, axis_out)
+        verdicts[sink] = _coupled(found)
+    return verdicts
+
+
+def _coupled(found: Verdict) -> Verdict:
     return found if found.kind == POSITION_WISE else replace(found, kind=MIXED)
 
 

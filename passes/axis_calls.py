@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,21 @@ class MixedError(Exception):
         self.why, self.certain = why, certain
 
 
+@functools.cache
+def parameters(target: Any) -> tuple[tuple[str, bool, Any, bool], ...]:
+    """Name, keyword only, default and written to, for each argument of an operator; none for what has no schema."""
+    schema = getattr(target, "_schema", None)
+    return tuple(
+        (
+            argument.name,
+            argument.kwarg_only,
+            argument.default_value if argument.has_default_value() else None,
+            argument.alias_info is not None and argument.alias_info.is_write,
+        )
+        for argument in (schema.arguments if schema is not None else ())
+    )
+
+
 class Call:
     """One call of an operator.
 
@@ -58,11 +74,9 @@ class Call:
     def __init__(self, node: fx.Node, states: Mapping[fx.Node, AxisState], shapes: Shapes, *, size: int) -> None:
         self.node, self.size, self._states, self._shapes = node, size, states, shapes
         self.args: dict[str, Any] = {}
-        schema = getattr(node.target, "_schema", None)
-        for i, argument in enumerate(schema.arguments if schema is not None else ()):
-            default = argument.default_value if argument.has_default_value() else None
-            positional = not argument.kwarg_only and i < len(node.args)
-            self.args[argument.name] = node.args[i] if positional else node.kwargs.get(argument.name, default)
+        for i, (name, keyword_only, default, _) in enumerate(parameters(node.target)):
+            positional = not keyword_only and i < len(node.args)
+            self.args[name] = node.args[i] if positional else node.kwargs.get(name, default)
 
     @property
     def first(self) -> str:
@@ -91,8 +105,12 @@ class Call:
 
     def carriers(self, *names: str) -> list[fx.Node]:
         """The values among these arguments that carry the axis; among all arguments where none is named."""
-        values = [self.args.get(name) for name in names] if names else [self.node.args, dict(self.node.kwargs)]
-        return list(dict.fromkeys(leaf for leaf in pytree.tree_leaves(values) if self.state(leaf).kind == "at"))
+        if not names:
+            found: list[fx.Node] = self.node.all_input_nodes
+        else:
+            leaves = (leaf for name in names for leaf in pytree.tree_leaves(self.args.get(name)))
+            found = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)))
+        return [value for value in found if self.state(value).kind == "at"]
 
     def only(self, *names: str) -> list[fx.Node]:
         """The carriers among these arguments; a call that carries the axis in another one is refused."""

@@ -13,32 +13,13 @@ import torch
 from torch import fx
 
 from lbi_compile.passes.axis_calls import ABSENT, AxisState, Call, MixedError, Rule, Shapes, agree, contract
+from lbi_compile.passes.axis_recurrent import RECURRENT_RULES
+from lbi_compile.passes.axis_routing import ROUTING_RULES
 from lbi_compile.passes.axis_views import VIEW_RULES
+from lbi_compile.passes.axis_windows import WINDOW_RULES
 from lbi_compile.passes.names import operator_name
 
-_RULES: dict[str, Rule] = dict(VIEW_RULES)
-
-# What depends on the sizes and the type of its argument alone, or gives no value.
-_SHAPE_ONLY = frozenset(
-    {
-        "aten.sym_size",
-        "aten.sym_stride",
-        "aten.sym_numel",
-        "aten.sym_storage_offset",
-        "aten.zeros_like",
-        "aten.ones_like",
-        "aten.empty_like",
-        "aten.rand_like",
-        "aten.randn_like",
-        "aten.randint_like",
-        "aten.new_zeros",
-        "aten.new_ones",
-        "aten.new_empty",
-        "aten._assert_tensor_metadata",
-        "aten._assert_async",
-        "aten._assert_scalar",
-    }
-)
+_RULES: dict[str, Rule] = {**VIEW_RULES, **WINDOW_RULES, **ROUTING_RULES, **RECURRENT_RULES}
 
 
 def follow(node: fx.Node, states: Mapping[fx.Node, AxisState], shapes: Shapes, *, size: int) -> AxisState:
@@ -54,15 +35,14 @@ def follow(node: fx.Node, states: Mapping[fx.Node, AxisState], shapes: Shapes, *
         Its state; ``"mixed"`` names the operator that mixed first.
     """
     carried = [state for before in node.all_input_nodes if (state := states.get(before, ABSENT)).kind != "absent"]
-    name = _plain(operator_name(node))
-    if not carried or name in _SHAPE_ONLY or 0 in (shapes.get(node) or ()):
+    if not carried:
+        return ABSENT
+    rule = _rule_of(node)
+    if rule is _of_sizes or 0 in (shapes.get(node) or ()):
         return ABSENT
     for state in carried:
         if state.kind == "mixed":
             return state
-    rule = _RULES.get(name)
-    if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        rule = _elementwise
     try:
         if rule is None:
             raise MixedError("no rule covers it")
@@ -74,9 +54,17 @@ def follow(node: fx.Node, states: Mapping[fx.Node, AxisState], shapes: Shapes, *
     return state
 
 
-def _plain(name: str) -> str:
-    """``aten.relu_`` has the rule of ``aten.relu``."""
-    return name if name.endswith("__") else name.removesuffix("_")
+def _rule_of(node: fx.Node) -> Rule | None:
+    """The rule of an operator; ``aten.relu_`` has that of ``aten.relu``."""
+    if node.target not in _RULE_OF:
+        name = operator_name(node)
+        rule = _RULES.get(name if name.endswith("__") else name.removesuffix("_"))
+        elementwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        _RULE_OF[node.target] = _elementwise if rule is None and elementwise else rule
+    return _RULE_OF[node.target]
+
+
+_RULE_OF: dict[Any, Rule | None] = {}  # of every operator met, for names and tags are slow to read
 
 
 def _check(state: AxisState, shape: tuple[int, ...] | None, size: int) -> None:
@@ -96,8 +84,21 @@ def _rule(names: str) -> Callable[[Rule], Rule]:
 
 
 @_rule(
-    "__and__ __or__ __xor__ rsub masked_fill polar complex log_sigmoid tril triu dropout alpha_dropout feature_dropout "
-    "feature_alpha_dropout bernoulli conj resolve_conj resolve_neg real imag"
+    "sym_size sym_stride sym_numel sym_storage_offset zeros_like ones_like empty_like rand_like randn_like "
+    "randint_like new_zeros new_ones new_empty _assert_tensor_metadata _assert_async _assert_scalar"
+)
+def _of_sizes(call: Call) -> AxisState:
+    """Depends on the sizes and the type of its argument alone, or gives no value: even a mixed one does not matter."""
+    return ABSENT
+
+
+# Elementwise operators without the tag that says so.
+@_rule(
+    "__and__ __or__ __xor__ rsub subtract multiply divide true_divide floor_divide negative absolute fix ldexp "
+    "hardswish greater greater_equal less less_equal not_equal isclose isreal special_erf special_expit "
+    "special_expm1 special_log1p special_logit special_gammaln special_xlogy masked_fill fill zero polar complex conj "
+    "resolve_conj resolve_neg real imag log_sigmoid tril triu dropout alpha_dropout feature_dropout "
+    "feature_alpha_dropout bernoulli normal uniform exponential fake_quantize_per_tensor_affine"
 )
 def _elementwise(call: Call) -> AxisState:
     """Elementwise, over arguments broadcast from the right."""
@@ -118,7 +119,7 @@ def _extremum(call: Call) -> AxisState:
     return _elementwise(call) if "other" in call.args else _reduce(call)
 
 
-@_rule("prelu one_hot native_dropout")
+@_rule("prelu native_dropout")
 def _first_alone(call: Call) -> AxisState:
     return call.one()[0]
 
@@ -221,18 +222,11 @@ def _attention(call: Call) -> AxisState:
     return contract(call, operands, [*batch, "row", "value"])
 
 
-@_rule("embedding")
-def _embedding(call: Call) -> AxisState:
-    weight, indices = call.args["weight"], call.args["indices"]
-    places: list[Hashable] = list(range(len(call.shape(indices))))
-    return contract(call, [(weight, ["row", "feature"]), (indices, places)], [*places, "feature"])
-
-
-@_rule("layer_norm rms_norm")
+@_rule("layer_norm native_layer_norm rms_norm _fused_rms_norm")
 def _norm_of_last(call: Call) -> AxisState:
     state, shape = call.one()
     if state.dim >= len(shape) - len(call.args["normalized_shape"]):
-        raise MixedError("it normalises over the axis")
+        raise MixedError("it normalises over the axis", certain=True)
     return state
 
 
@@ -240,7 +234,7 @@ def _norm_of_last(call: Call) -> AxisState:
 def _norm_of_groups(call: Call) -> AxisState:
     state, _ = call.one()
     if state.dim != 0:
-        raise MixedError("it normalises over the axis")
+        raise MixedError("it normalises over the axis", certain=state.dim > 1)
     return state
 
 
@@ -248,7 +242,7 @@ def _norm_of_groups(call: Call) -> AxisState:
 def _norm_of_instances(call: Call) -> AxisState:
     state, _ = call.one()
     if state.dim > 1 and call.args["use_input_stats"] is not False:
-        raise MixedError("it normalises over the axis")
+        raise MixedError("it normalises over the axis", certain=True)
     return state
 
 
@@ -261,8 +255,10 @@ def _norm_of_batch(call: Call) -> AxisState:
 
 
 @_rule(
-    "softmax _softmax _safe_softmax log_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort "
-    "topk glu diff"
+    "softmax special_softmax _softmax _safe_softmax log_softmax _log_softmax "
+    "cumsum cumprod cummax cummin logcumsumexp glu diff "
+    "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 "
+    "fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift"
 )
 def _along(call: Call) -> AxisState:
     """Works along one dim and keeps the others apart."""
@@ -285,54 +281,3 @@ def _reduce(call: Call) -> AxisState:
         raise MixedError("it reduces the axis")
     gone = 0 if call.args.get("keepdim") else sum(dim < state.dim for dim in dims)
     return AxisState("at", state.dim - gone, state.stride)
-
-
-@_rule("conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d")
-def _convolution(call: Call) -> AxisState:
-    """Samples stay apart; positions do where the kernel covers one of them."""
-    state, shape = call.one()
-    kernel = call.shape(call.args["weight"])[2:]
-    batched = len(shape) == len(kernel) + 2
-    if batched and state.dim == 0:
-        return state
-    along = state.dim - (len(shape) - len(kernel))
-    if along < 0:
-        raise MixedError("it sums over the axis")
-    stride, padding = (_for_dim(call.args[name], along) for name in ("stride", "padding"))
-    if kernel[along] != 1 or stride != 1 or padding not in (0, "valid", "same"):
-        raise MixedError("its kernel covers several positions of the axis")
-    return state
-
-
-def _for_dim(value: Any, i: int) -> Any:
-    return value[i if len(value) > 1 else 0] if isinstance(value, (list, tuple)) else value
-
-
-def _of_last(names: str, count: int) -> None:
-    """Rules of operators that mix positions of their last ``count`` dims and treat the others as a batch."""
-
-    @_rule(names)
-    def keep_the_others(call: Call) -> AxisState:
-        state, shape = call.one()
-        if state.dim >= len(shape) - count:
-            raise MixedError("it mixes positions of the axis")
-        return state
-
-
-for _rank in (1, 2, 3):
-    _pools = [f"{kind}_pool{_rank}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max", "_adaptive_avg")]
-    _sampled = [f"upsample_{kind}{_rank}d" for kind in ("nearest", "_nearest_exact", "linear", "bilinear", "bicubic")]
-    _pads = [f"{kind}_pad{_rank}d" for kind in ("reflection", "replication")]
-    _of_last(" ".join([*_pools, f"max_pool{_rank}d_with_indices", *_sampled, *_pads]), _rank)
-_of_last("upsample_trilinear3d", 3)
-_of_last("pixel_shuffle pixel_unshuffle", 3)
-
-
-@_rule("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
-def _cell(call: Call) -> AxisState:
-    """One step of a recurrent net: inputs and states ``[B, D]``."""
-    inputs = call.only("input", "hx")
-    dim, stride = agree((call.state(value).dim, call.state(value).stride) for value in inputs)
-    if dim != 0 or any(len(call.shape(value)) != 2 for value in inputs):
-        raise MixedError("it sums over the axis")
-    return AxisState("at", dim, stride)

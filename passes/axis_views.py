@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from lbi_compile._torch import pytree
 from lbi_compile.passes.axis_calls import AxisState, Call, MixedError, Rule, agree
 
 VIEW_RULES: dict[str, Rule] = {}
@@ -21,17 +16,6 @@ def _rule(names: str) -> Callable[[Rule], Rule]:
         return rule
 
     return add
-
-
-def _getitem(call: Call) -> AxisState:
-    """One of the results of an operator; its rule speaks for all of them."""
-    source = call.node.args[0]
-    if call.is_tensor(source):
-        raise MixedError("an index into a tensor has no rule")
-    return call.state(source)
-
-
-VIEW_RULES["getitem"] = _getitem
 
 
 @_rule("view reshape _unsafe_view view_copy flatten unflatten squeeze unsqueeze view_as reshape_as ravel")
@@ -113,7 +97,7 @@ def _select(call: Call) -> AxisState:
     return AxisState("at", state.dim - (dim < state.dim), state.stride)
 
 
-@_rule("split split_with_sizes chunk tensor_split unsafe_split unsafe_split_with_sizes unsafe_chunk index_select")
+@_rule("split split_with_sizes chunk tensor_split unsafe_split unsafe_split_with_sizes unsafe_chunk")
 def _split(call: Call) -> AxisState:
     state, shape = call.one()
     if state.dim in call.dims("dim", len(shape)):
@@ -163,44 +147,3 @@ def _stack(call: Call) -> AxisState:
     dim, stride = agree((call.state(x).dim, call.state(x).stride) for x in call.only("tensors"))
     (new,) = call.dims("dim", len(call.out))
     return AxisState("at", dim + (new <= dim), stride)
-
-
-@_rule("pad constant_pad_nd")
-def _pad(call: Call) -> AxisState:
-    state, shape = call.one()
-    amounts = list(call.args["pad"])
-    start = 2 * (len(shape) - 1 - state.dim)  # pairs are given from the last dim on
-    if any(not isinstance(amount, int) or amount for amount in amounts[start : start + 2]):
-        raise MixedError("it shifts the axis")
-    return state
-
-
-@_rule("gather scatter scatter_add scatter_reduce")
-def _gather(call: Call) -> AxisState:
-    """Elements move along one dim; in the others every index is met by itself."""
-    inputs = call.only("self", "index", "src")
-    dim, stride = agree((call.state(x).dim, call.state(x).stride) for x in inputs)
-    if dim in call.dims("dim", len(call.out)):
-        raise MixedError("it moves elements along the axis")
-    return AxisState("at", dim, stride)
-
-
-@_rule("index _unsafe_index")
-def _index(call: Call) -> AxisState:
-    """Fancy indexing of dims other than the axis, by positions that do not depend on the source."""
-    state, shape = call.one()
-    given: list[Any] = list(call.args["indices"])
-    indexed = [dim for dim, index in enumerate(given) if index is not None]
-    kept = [dim for dim in range(len(shape)) if dim not in indexed]
-    if state.dim in indexed:
-        raise MixedError("it picks positions of the axis")
-    found = [given[dim] for dim in indexed]
-    values = [index.meta.get("val") for index in pytree.tree_leaves(found)]
-    if not all(isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32) for value in values):
-        raise MixedError("it picks by a mask")
-    # the indexed dims become one block: in their place where they are neighbours, else in front
-    block = max(len(call.shape(index)) for index in found)
-    together = indexed == list(range(indexed[0], indexed[-1] + 1))
-    place = kept.index(state.dim)
-    before = sum(dim < indexed[0] for dim in kept) if together else 0
-    return AxisState("at", place + (block if place >= before else 0), state.stride)
