@@ -19,8 +19,12 @@ from typing import Any
 import torch
 
 from . import demo, engines, sources
+from .analysis import locate
+from .capture import as_inputs, capture
 from .errors import LBIError, PlanError
 from .plan import Plan
+from .render import files as drawings
+from .render.graph import picture
 from .render.report import ReportView
 from .render.text import show
 from .render.tree import PlanView
@@ -78,18 +82,23 @@ def _quiet_interrupt() -> Iterator[None]:
 def _inspect(options: argparse.Namespace) -> int:
     from . import transform
 
+    files = _files(options)
     model, inputs = _load(options)
     bounded = transform(model, inputs, **_cut(options), **_training_side(options))
     engine = engines.choose(bounded.backward, boundaries=bounded.boundaries)
     _print_plan(PlanView(bounded.plan, engine=str(engine), why=options.why), options)
+    _draw(files, model, inputs, bounded.plan, engine=str(engine))
     return OK
 
 
 def _plan(options: argparse.Namespace) -> int:
     from . import plan
 
+    files = _files(options)
     model, inputs = _load(options)
-    _print_plan(PlanView(plan(model, inputs, **_cut(options)), why=options.why), options)
+    made = plan(model, inputs, **_cut(options))
+    _print_plan(PlanView(made, why=options.why), options)
+    _draw(files, model, inputs, made)
     return OK
 
 
@@ -122,6 +131,20 @@ def _load(options: argparse.Namespace) -> sources.Loaded:
 
 def _print_plan(view: PlanView, options: argparse.Namespace) -> None:
     print(view.plan.to_json()) if options.json else show(view)
+
+
+def _files(options: argparse.Namespace) -> dict[str, Path]:
+    """The drawings that were asked for; a wrong path is told before the work, not after it."""
+    wanted = {form: path for form in drawings.FORMS if (path := getattr(options, form)) is not None}
+    drawings.check(wanted)
+    return wanted
+
+
+def _draw(files: dict[str, Path], model: Any, inputs: Any, plan: Plan, *, engine: str | None = None) -> None:
+    if files:
+        analysis = locate(model, capture(model, as_inputs(model, inputs)), plan)
+        for line in drawings.write(picture(analysis, engine=engine), files):
+            print(line, file=sys.stderr)
 
 
 def _print_record(record: Any) -> None:
@@ -168,6 +191,8 @@ def _parser() -> argparse.ArgumentParser:
             _add_backward(command, "auto")
         if run is not _verify:
             command.add_argument("--why", action="store_true", help="print every decision with its reason")
+            for form, (_, text) in drawings.FORMS.items():
+                command.add_argument(f"--{form}", type=Path, metavar="FILE", help=f"also write {text}")
         _add_common(command)
     command = commands.add_parser(
         "demo",
