@@ -79,6 +79,7 @@ __all__ = [
     "same_shape",
     "same_size",
     "silent_export",
+    "times_written",
     "unset_fake_temporarily",
     "vmap_without_fallback",
 ]
@@ -358,3 +359,8 @@ def compile_with_inductor(gm: fx.GraphModule, example_inputs: Any, options: dict
 def is_fake(tensor: torch.Tensor) -> bool:
     """The tensor has a shape and no numbers (it was made under ``FakeTensorMode``)."""
     return isinstance(tensor, FakeTensor)
+
+
+def times_written(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was written over in place; tensors of inference mode do not count that."""
+    return None if tensor.is_inference() else tensor._version

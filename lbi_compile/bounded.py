@@ -24,6 +24,7 @@ from .errors import (
     ShapeNotCapturedError,
     StaleCaptureError,
 )
+from .hooked_run import HookedProgram, foreign_hooks
 from .interfaces import Interface
 from .interfaces.lanes import LanesInterface
 from .kernels import ops
@@ -315,6 +316,8 @@ class BoundedModule(nn.Module):
     def _run(
         self, program: Program, leaves: list[Any], *, marked: bool, taps: bool, canvas: Tensor | None = None
     ) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
+        if isinstance(program, HookedProgram):
+            return program.run(self, leaves, marked=marked, taps=taps, canvas=canvas)
         values: dict[str, Any] = dict(zip(program.inputs, leaves, strict=True))
         program.prologue.run(values)
         program.stem.run(values)
@@ -469,8 +472,8 @@ def _fingerprint(bounded: BoundedModule) -> tuple[Any, ...]:
         (
             name,
             id(module),
-            len(module._forward_hooks),
-            len(module._forward_pre_hooks),
+            foreign_hooks(module._forward_hooks),
+            foreign_hooks(module._forward_pre_hooks),
             len(module._backward_hooks),
             len(module._backward_pre_hooks),
         )

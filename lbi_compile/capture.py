@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import random
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -185,19 +187,28 @@ def capture(model: nn.Module, inputs: Inputs, *, ladder: tuple[tuple[str, ...], 
         name = "+".join(rung) or "static"
         try:
             with undisturbed(model), unset_fake_temporarily(), silent_export():
-                fresh = _fresh(inputs)
-                program = torch.export.export(model, fresh.args, fresh.kwargs, dynamic_shapes=shapes, strict=False)
+                numbers = _host_random()
+                given = fresh(inputs)
+                program = torch.export.export(model, given.args, given.kwargs, dynamic_shapes=shapes, strict=False)
+                # a generator that came into being meanwhile was not drawn from by anybody else
+                drawn = any(a != b for a, b in zip(numbers, _host_random(), strict=False))
         except Exception as error:  # every failure of the exporter is a reason to try the next rung
             first = first or error
             if _is_data_dependent(error):
                 raise _data_dependent(error) from error
             refused.append((name, str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)))
             continue
+        if drawn:
+            raise CaptureError(
+                f"{type(model).__name__} draws numbers from Python's or NumPy's random generator in its forward",
+                expected="random numbers of torch: a graph would repeat those of this run for ever",
+                do="draw them with torch, or outside of the model",
+            )
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
         untangle_casts(module)
         return Capture(
-            module, _fresh(inputs), _really_dynamic(module, inputs, rung), program.call_spec.out_spec, tuple(refused)
+            module, fresh(inputs), _really_dynamic(module, inputs, rung), program.call_spec.out_spec, tuple(refused)
         )
     assert first is not None
     raise _why_not(model, inputs, first) from first
@@ -272,7 +283,7 @@ def describe_inputs(inputs: Inputs) -> str:
     return "(" + ", ".join([*(one(value) for value in inputs.args), *named]) + ")"
 
 
-def _fresh(inputs: Inputs) -> Inputs:
+def fresh(inputs: Inputs) -> Inputs:
     """The inputs as other tensors on the same memory: the exporter leaves marks on those it is given.
 
     It would take one tensor that is given for two arguments for one argument; these are two. Tensors made in inference
@@ -307,7 +318,7 @@ def _at_least_two(inputs: Inputs) -> Inputs:
 
 
 def _dynamic_shapes(model: nn.Module, inputs: Inputs, rung: tuple[str, ...]) -> dict[str, Any] | None:
-    """The exporter's ``dynamic_shapes``: axis 0 where it has the batch size, axis 1 where it has the length.
+    """The exporter's ``dynamic_shapes``: axis 0 where it has the batch size, axis 1 of sequences, whatever their length.
 
     The rung asks it of the first tensor that has the axis; other sizes may be equal to its size by chance.
     """
@@ -323,8 +334,9 @@ def _dynamic_shapes(model: nn.Module, inputs: Inputs, rung: tuple[str, ...]) -> 
         axes: dict[int, Any] = {}
         if "batch" in rung and leaf.shape[0] == batch > 1:
             axes[0] = Dim.DYNAMIC if leaf is tensors[0] else Dim.AUTO
-        if "sequence" in rung and leaf.dim() in (2, 3) and leaf.shape[1] == length > 1:
-            axes[1] = Dim.DYNAMIC if sequences and leaf is sequences[0] else Dim.AUTO
+        alike = leaf.dim() in (2, 3) and leaf.shape[1] == length
+        if "sequence" in rung and (alike or any(leaf is other for other in sequences)) and leaf.shape[1] > 1:
+            axes[1] = Dim.DYNAMIC if leaf is sequences[0] else Dim.AUTO
         return axes or None
 
     try:
@@ -357,7 +369,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     # modes, and values that a forward keeps on its modules: those of the exporter are of no use to anybody
-    attributes = [(known, dict(known)) for module in model.modules() for known in (vars(module), module._buffers)]
+    numbers = _host_random()
+    attributes = [(known, dict(known)) for module in model.modules() for known in _kept(module)]
     kinds = {tensor.device.type for tensor in itertools.chain(model.parameters(), model.buffers())} & {"cpu", "cuda"}
     try:
         with contextlib.ExitStack() as stack:
@@ -370,6 +383,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for config, value in caches:
             config.use_cache = value
+        _set_host_random(numbers)
         for known, before in attributes:
             for name in [name for name in known if name not in before]:
                 del known[name]
@@ -378,6 +392,29 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def _kept(module: nn.Module) -> list[dict[Any, Any]]:
+    """What a forward may change of its modules: attributes, buffers and hooks, of which some models add their own."""
+    hooks = [value for name, value in vars(module).items() if "_hooks" in name and isinstance(value, dict)]
+    return [vars(module), module._buffers, *hooks]
+
+
+def _host_random() -> tuple[Any, ...]:
+    """State of the random generators beside torch's that a forward may draw from, to compare and to put back."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return (random.getstate(),)
+    kind, keys, *rest = numpy.random.get_state()
+    return random.getstate(), (kind, keys.tobytes(), *rest)
+
+
+def _set_host_random(state: tuple[Any, ...]) -> None:
+    random.setstate(state[0])
+    if len(state) > 1:
+        numpy = sys.modules["numpy"]
+        kind, keys, *rest = state[1]
+        numpy.random.set_state((kind, numpy.frombuffer(keys, numpy.uint32), *rest))
 
 
 def _configs(model: nn.Module) -> list[Any]:

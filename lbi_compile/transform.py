@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from . import engines
+from . import engines, hooked
 from .analysis import Analysis, analyse, locate
 from .bounded import BoundedModule, Options, Region
 from .calls import ShapeCheck
-from .capture import Capture, Inputs, as_inputs, capture, default_inputs, raise_if_unfit, undisturbed
+from .capture import Capture, Inputs, as_inputs, capture, default_inputs, fresh, raise_if_unfit, undisturbed
 from .errors import (
     BatchCouplingError,
+    CaptureError,
     InterfaceError,
     LatentWidthError,
     LBIError,
@@ -23,6 +24,7 @@ from .errors import (
     OptionError,
     RegionsError,
 )
+from .hooked_plan import is_hooked
 from .interfaces import CELLS, KINDS, Interface, build_interface, build_lanes
 from .lane_forms import lane_forms
 from .naming import batch_symbol
@@ -100,7 +102,14 @@ def plan(
         >>> print(lbi_compile.plan(model, x, regions=8).boundaries)
     """
     options = _options(model, regions, r, interface, cell, readout, "auto", False, 0)
-    return analyse(model, capture(model, as_inputs(model, example_inputs)), options).plan
+    inputs = as_inputs(model, example_inputs)
+    try:
+        found, refused = None if is_hooked(options.regions) else capture(model, inputs), None
+    except CaptureError as error:
+        found, refused = None, error
+    if found is None:
+        return hooked.analyse(model, fresh(inputs), options, refused)[0]
+    return analyse(model, found, options).plan
 
 
 def _options(
@@ -164,7 +173,12 @@ def build(bounded: BoundedModule, inputs: Inputs) -> None:
 
 def _build(bounded: BoundedModule, inputs: Inputs) -> None:
     model, options = bounded.source, bounded._options
-    found = captured(bounded, inputs)
+    try:
+        found, refused = None if is_hooked(options.regions) else captured(bounded, inputs), None
+    except CaptureError as error:
+        found, refused = None, error
+    if found is None:
+        return hooked.build(bounded, inputs, refused)
     analysis = analyse(model, found, options)
     program = _insert(bounded, analysis)
     interface = _interface(bounded, analysis, program)
@@ -185,7 +199,13 @@ def _build(bounded: BoundedModule, inputs: Inputs) -> None:
 def build_program(bounded: BoundedModule, inputs: Inputs) -> tuple[Program, ShapeCheck]:
     """Capture the model in its present mode for other inputs, and cut it at the places the plan names."""
     with undisturbed(bounded.source):
-        analysis = locate(bounded.source, captured(bounded, inputs), bounded.plan)
+        if is_hooked(bounded.plan):
+            return hooked.build_program(bounded, inputs)  # pyright: ignore[reportReturnType]
+        try:
+            found = captured(bounded, inputs)
+        except CaptureError as error:
+            raise hooked.too_late(error) from error
+        analysis = locate(bounded.source, found, bounded.plan)
         check = _check(analysis, bounded.interface)
         check.raise_if_coupled(bounded.backward)
         program = _insert(bounded, analysis)
