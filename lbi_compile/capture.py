@@ -318,7 +318,7 @@ def _at_least_two(inputs: Inputs) -> Inputs:
 
 
 def _dynamic_shapes(model: nn.Module, inputs: Inputs, rung: tuple[str, ...]) -> dict[str, Any] | None:
-    """The exporter's ``dynamic_shapes``: axis 0 where it has the batch size, axis 1 of sequences, whatever their length.
+    """The exporter's ``dynamic_shapes``: axis 0 where it has the batch size, axis 1 of sequences of any length.
 
     The rung asks it of the first tensor that has the axis; other sizes may be equal to its size by chance.
     """
