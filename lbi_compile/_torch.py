@@ -61,6 +61,7 @@ __all__ = [
     "dispatch_mode_active",
     "dynamic_sizes",
     "enable_python_dispatcher",
+    "example_size",
     "exporting",
     "forget_donations",
     "fresh_code",
@@ -79,6 +80,7 @@ __all__ = [
     "same_shape",
     "same_size",
     "silent_export",
+    "size_key",
     "times_written",
     "unset_fake_temporarily",
     "vmap_without_fallback",
@@ -159,7 +161,7 @@ def same_size(a: Any, b: Any) -> bool:
     """Two sizes are provably equal; unlike ``==`` on a SymInt this never adds a guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return _expression(a) == _expression(b)
+    return size_key(a) == size_key(b)
 
 
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -167,7 +169,13 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(map(same_size, a, b))
 
 
-def _expression(size: Any) -> Any:
+def example_size(size: Any) -> int:
+    """A size at the inputs of the capture; unlike ``int`` of a SymInt this never adds a guard."""
+    return size if isinstance(size, int) else size.node.hint
+
+
+def size_key(size: Any) -> Any:
+    """What two sizes have in common that are provably equal; hashing it is many times as fast as printing the size."""
     return size if isinstance(size, int) else size.node.expr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -47,6 +48,7 @@ class Analysis:
         outputs: The outputs with positions: those of the canvas, or of an input.
         splits: The interface splits regions at a_k.
         evaluator: Runs parts of the graph.
+        measured: What ``dependence`` found; empty before it was asked.
     """
 
     capture: Capture
@@ -58,6 +60,7 @@ class Analysis:
     outputs: tuple[Outputs, ...]
     splits: bool
     evaluator: Evaluator = field(repr=False)
+    measured: tuple[str | None, ...] = ()
 
     @property
     def canvas(self) -> fx.Node:
@@ -110,7 +113,9 @@ class Analysis:
 
     def dependence(self) -> str | None:
         """How output positions depend on positions in the model; ``None`` without positions or numbers."""
-        return _dependence(self.evaluator, self.cut, self.outputs)[0]
+        if not self.measured:
+            self.measured = (_dependence(self.evaluator, self.cut, self.outputs)[0],)
+        return self.measured[0]
 
     def probe_bounded(self, canvas_fn: Callable[[Tensor], Sequence[Any]], run: Callable[[list[Any]], list[Any]]) -> str:
         """Dependence of output positions on canvas and input positions in a bounded model.
@@ -163,7 +168,7 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
     _, main = main_path(live, cost.flops)
     points = clock.run("separators", lambda: separators(live, main=main), lambda x: f"{len(x)} one-lane separators")
     naming = Naming(gm, capture)
-    evaluator = Evaluator(gm, live, leaves)
+    evaluator = Evaluator(gm, live, leaves, keep=[point.node for point in points])
     steps = _Steps(live, cost, evaluator, batch_symbol(gm))
     found = clock.run(
         "partition",
@@ -226,7 +231,7 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
         why=(*capture_why(capture), *found.why, *lane_why, *why, readout_why),
         passes=tuple(clock.records),
     )  # fmt: skip
-    return Analysis(capture, live, cost, made_cut, finishes, made, outputs, split, evaluator)
+    return Analysis(capture, live, cost, made_cut, finishes, made, outputs, split, evaluator, measured=(dependence,))
 
 
 def locate(model: nn.Module, capture: Capture, plan: Plan) -> Analysis:
@@ -269,7 +274,8 @@ def locate(model: nn.Module, capture: Capture, plan: Plan) -> Analysis:
     _raise_if_moved(plan, stem, bodies, head)
     outputs = outputs_along(gm, live, canvas, batch=batch_symbol(gm))
     splits = not plan.lanes and interface_class(plan.interface, plan.cell).splits
-    return Analysis(capture, live, cost, found, finishes, plan, outputs, splits, Evaluator(gm, live, leaves))
+    evaluator = Evaluator(gm, live, leaves, keep=(canvas, *ends, *found.crossers))
+    return Analysis(capture, live, cost, found, finishes, plan, outputs, splits, evaluator)
 
 
 def _raise_if_moved(plan: Plan, stem: Part, bodies: Sequence[Part], head: Part) -> None:
@@ -331,6 +337,8 @@ class _Steps:
     def __init__(self, live: Liveness, cost: Costs, evaluator: Evaluator, batch: str | None) -> None:
         self.live, self.cost, self.evaluator, self.batch = live, cost, evaluator, batch
         self._position = {node: i for i, node in enumerate(live.live)}
+        order = {node: i for i, node in enumerate(evaluator.gm.graph.nodes)}
+        self._order, self._inner = order, [node for node in order if live.kind.get(node) in (LIVE, NUMBER)]
         self._known: dict[tuple[fx.Node, fx.Node], bool] = {}
 
     def position_wise(self, source: fx.Node, sink: fx.Node) -> bool:
@@ -345,7 +353,7 @@ class _Steps:
         if len(before.positions) != len(after.positions):
             return False
         fn = _measurable(self.evaluator, source, sink)
-        nodes = _between(self.live, source, sink)
+        nodes = self._between(source, sink)
         return all(
             axes.classify(
                 nodes,
@@ -356,10 +364,16 @@ class _Steps:
                 shapes=self.cost.shape,
                 fn=fn,
                 example=self.evaluator.values[source] if fn else None,
+                kinds=("position-wise",),
             ).kind
             == "position-wise"
             for axis_in, axis_out in zip(before.positions, after.positions, strict=True)
         )
+
+    def _between(self, source: fx.Node, sink: fx.Node) -> list[fx.Node]:
+        """Live nodes after ``source`` up to ``sink`` in program order, with the sizes they use."""
+        first, last = (bisect_right(self._inner, self._order[n], key=self._order.__getitem__) for n in (source, sink))
+        return self._inner[first:last]
 
     def finish(self, start: fx.Node, end: fx.Node, points: Sequence[Separator]) -> fx.Node:
         """The first separator of the region after which all is position-wise; ``end`` where the last op mixes."""
@@ -371,19 +385,6 @@ class _Steps:
                 break
             found = before
         return found
-
-
-def _between(live: Liveness, source: fx.Node, sink: fx.Node) -> list[fx.Node]:
-    """Live nodes after ``source`` up to ``sink`` in program order, with the sizes they use."""
-    graph = sink.graph
-    found, inside = [], False
-    for node in graph.nodes:
-        if inside and live.kind.get(node) in (LIVE, NUMBER):
-            found.append(node)
-        inside = inside or node is source
-        if node is sink:
-            break
-    return found
 
 
 def _with_numbers(live: Liveness, inside: Sequence[fx.Node], source: fx.Node, sink: fx.Node) -> list[fx.Node]:

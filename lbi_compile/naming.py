@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ._torch import size_key
 from .capture import Capture
 from .errors import PlanError, RegionsError
 from .passes.liveness import is_float_tensor
@@ -24,6 +26,7 @@ class Naming:
         self._point: dict[fx.Node, Point] = {}
         self._node: dict[tuple[str, str, int], fx.Node] = {}
         symbols = _symbols(gm)
+        names: dict[Any, int | str] = {}  # printing a size takes long, and few differ
         counts: dict[tuple[str, str], int] = {}
         for node in gm.graph.nodes:
             if node.op not in ("placeholder", "call_function") or not is_float_tensor(node):
@@ -32,7 +35,10 @@ class Naming:
             module, op = ("", "input") if node.op == "placeholder" else (module_path(node), op)
             index = counts[module, op] = counts.get((module, op), -1) + 1
             value = node.meta["val"]
-            shape = tuple(s if isinstance(s, int) else _readable(str(s), symbols) for s in value.shape)
+            for size in value.shape:
+                if size_key(size) not in names:
+                    names[size_key(size)] = size if isinstance(size, int) else _readable(str(size), symbols)
+            shape = tuple(names[size_key(size)] for size in value.shape)
             self._point[node] = Point(module, op, index, shape, str(value.dtype).removeprefix("torch."))
             self._node[module, op, index] = node
 

@@ -6,7 +6,7 @@ random state is put back after a probe. Unsure means coupled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
@@ -46,6 +46,9 @@ __all__ = [
     "sees_later",
     "trace_axis",
 ]
+
+
+ALL_KINDS = (POSITION_WISE, CAUSAL, ANTICAUSAL)
 
 
 def trace_axis(
@@ -110,6 +113,7 @@ def classify(
     shapes: Shapes,
     fn: Callable[[Tensor], Tensor] | None = None,
     example: Tensor | None = None,
+    kinds: Collection[str] = ALL_KINDS,
 ) -> Verdict:
     """How ``sink`` depends on ``source`` along an axis: static rules first, a probe where they are unsure.
 
@@ -122,13 +126,14 @@ def classify(
         shapes: Sizes of every node that gives one tensor (``Costs.shape``).
         fn: Runs ``nodes``: value of ``source`` to value of ``sink``.
         example: A value of ``source``.
+        kinds: Kinds that make a difference to the caller; all others may be called ``"mixed"``.
 
     Returns:
         The verdict; ``"mixed"`` where the rules are unsure and no ``fn`` is given, so that it proves no mixing.
     """
     state = trace_axis(nodes, source=source, axis=axis_in, shapes=shapes)[sink]
     found = _proven(state, source, sink, axis_in, axis_out, shapes)
-    return found if isinstance(found, Verdict) else _measured(found, fn, example, axis_in, axis_out)
+    return found if isinstance(found, Verdict) else _measured(found, fn, example, axis_in, axis_out, kinds)
 
 
 def _proven(
@@ -164,13 +169,18 @@ def _of_other_size(before: int, after: int, state: AxisState) -> Verdict:
 
 
 def _measured(
-    state: AxisState, fn: Callable[[Tensor], Tensor] | None, example: Tensor | None, axis_in: int, axis_out: int
+    state: AxisState,
+    fn: Callable[[Tensor], Tensor] | None,
+    example: Tensor | None,
+    axis_in: int,
+    axis_out: int,
+    kinds: Collection[str] = ALL_KINDS,
 ) -> Verdict:
     """The probe's verdict where the rules give a state of kind ``"mixed"``."""
     if state.certain or fn is None or example is None:
         why = state.why if state.certain else f"{state.why}; unsure counts as mixed"
         return Verdict(MIXED, "static", why, state.node)
-    found = probe_axis(fn, example, axis_in=axis_in, axis_out=axis_out)
+    found = probe_axis(fn, example, axis_in=axis_in, axis_out=axis_out, kinds=kinds)
     if found.kind != MIXED and contradicts(found.kind, fn, example, axis_in=axis_in, axis_out=axis_out):
         found = Verdict(MIXED, "probe", f"{found.why}, but values of other positions change the result")
     return found if found.kind == POSITION_WISE else replace(found, why=f"{found.why}; {state.why}", node=state.node)
@@ -301,7 +311,15 @@ def batch_coupling(
         ``"position-wise"`` where they are not, else ``"mixed"`` with the node to blame.
     """
     found = classify(
-        nodes, source=source, sink=sink, axis_in=axis_in, axis_out=axis_out, shapes=shapes, fn=fn, example=example
+        nodes,
+        source=source,
+        sink=sink,
+        axis_in=axis_in,
+        axis_out=axis_out,
+        shapes=shapes,
+        fn=fn,
+        example=example,
+        kinds=(POSITION_WISE,),
     )
     return _coupled(found)
 
@@ -337,7 +355,7 @@ def batch_couplings(
         found = _proven(states[sink], source, sink, axis_in, axis_out, shapes)
         if not isinstance(found, Verdict):
             fn = None if function is None or found.certain else function(sink)
-            found = _measured(found, fn, example, axis_in, axis_out)
+            found = _measured(found, fn, example, axis_in, axis_out, (POSITION_WISE,))
         verdicts[sink] = _coupled(found)
     return verdicts
 

@@ -7,7 +7,7 @@ single change of a value shows, changes find what has no gradient.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,13 @@ class Verdict:
 
 
 def probe_axis(
-    fn: Callable[[Tensor], Tensor], inputs: Tensor, *, axis_in: int, axis_out: int, seeds: int = 3
+    fn: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    *,
+    axis_in: int,
+    axis_out: int,
+    seeds: int = 3,
+    kinds: Collection[str] = (POSITION_WISE, CAUSAL, ANTICAUSAL),
 ) -> Verdict:
     """Measure how output positions of ``fn`` depend on input positions: vector-Jacobian products and exact zeros.
 
@@ -54,9 +60,10 @@ def probe_axis(
         axis_in: Dim of the argument.
         axis_out: Dim of the result.
         seeds: Positions probed, at least 3.
+        kinds: Kinds that make a difference to the caller: probing ends when all of them are refuted.
 
     Returns:
-        The verdict, ``how="probe"``; ``"mixed"`` where a gradient is NaN or the two sizes differ.
+        The verdict, ``how="probe"``; ``"mixed"`` where a gradient is NaN, sizes differ or all ``kinds`` are refuted.
 
     Raises:
         OptionError: Fewer than 3 seeds.
@@ -70,7 +77,7 @@ def probe_axis(
     size = inputs.shape[axis_in]
     if size < 2:
         return Verdict(MIXED, "probe", "an axis of size 1 has no other position to compare with")
-    left = {POSITION_WISE, CAUSAL, ANTICAUSAL}
+    left = set(kinds)
     reached = False
     with _same_random_numbers(inputs.device) as rewind:
         for seed, at in enumerate(_positions(size, seeds)):
@@ -84,7 +91,7 @@ def probe_axis(
             if y.shape[axis_out] != size:
                 return Verdict(MIXED, "probe", f"{size} input positions, but {y.shape[axis_out]} output positions")
             for kind, cotangent_at in _questions(left, seed, seeds, at, size, generator):
-                if kind is not None and kind not in left:
+                if not left or (kind is not None and kind not in left):
                     continue
                 reads = _reads(y, x, cotangent_at, axis_in, axis_out, generator)
                 if reads is None:
@@ -95,6 +102,7 @@ def probe_axis(
                 if kind is None:
                     left -= {CAUSAL} if bool(reads[at + 1 :].any()) else set()
                     left -= {ANTICAUSAL} if bool(reads[:at].any()) else set()
+            del y  # the graph of this run makes room for the next
             if not left:
                 return Verdict(MIXED, "probe", "gradients reach positions before and after the probed ones")
     if not reached:

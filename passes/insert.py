@@ -188,7 +188,6 @@ def insert(
     build.check(cut, finishes)
     for piece in build.built.values():
         piece.code.graph.lint()
-        piece.code.recompile()
     return Program(
         inputs=tuple(node.name for node in gm.graph.find_nodes(op="placeholder")),
         prologue=prologue,
@@ -286,12 +285,15 @@ class _Builder:
             block = self.gm.get_submodule(str(node.target))
             root.add_module(str(node.target), _plain(block) if isinstance(block, fx.GraphModule) else block)
             env[node] = graph.get_attr(str(node.target))
+        needed: set[fx.Node] = set()
         for node in body:
             env[node] = graph.node_copy(node, env.__getitem__)
+            if is_mutating(node) or is_random(node):
+                needed.add(env[node])
         graph.output(tuple(env[node] for node in wanted))
-        code = fx.GraphModule(root, graph, class_name=label.title().replace(" ", ""))
-        graph.eliminate_dead_code(lambda node: node.is_impure() or is_mutating(node) or is_random(node))
+        graph.eliminate_dead_code(lambda node: node.is_impure() or node in needed)
         _name_blocks(graph)
+        code = fx.GraphModule(root, graph, class_name=label.title().replace(" ", ""))
 
         self.reads[label] = [node for node in inputs if node not in gaps]
         self.built[label] = Piece(

@@ -6,7 +6,7 @@ left alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from lbi_compile._torch import FakeTensorMode, pytree
+from lbi_compile._torch import DataDependentValue, FakeTensorMode, enable_python_dispatcher, example_size, pytree
 from lbi_compile.errors import NoFloatPathError
+from lbi_compile.passes.repeats import form_of_call
 
 INPUT, CONSTANT, PARAMETER, PARAMETER_ONLY, LIVE, NUMBER = (
     "input",
@@ -222,12 +223,30 @@ def memory_order(gm: fx.GraphModule) -> MemoryOrder:
     """
     if not any(is_mutating(node) for node in gm.graph.nodes):
         return MemoryOrder({}, {})
-    modes = (getattr(node.meta.get("val"), "fake_mode", None) for node in gm.graph.nodes)
-    mode = next((mode for mode in modes if mode is not None), None) or FakeTensorMode(allow_non_fake_inputs=True)
-    run = _Storages(gm, mode)
-    with mode, torch.no_grad():
-        run.run(*[n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")], enable_io_processing=False)
+    try:
+        # sizes as numbers: a run with symbols takes ten times as long
+        run = _run(gm, FakeTensorMode(allow_non_fake_inputs=True), _at_example_size)
+    except DataDependentValue:
+        modes = (getattr(node.meta.get("val"), "fake_mode", None) for node in gm.graph.nodes)
+        run = _run(gm, next(mode for mode in modes if mode is not None), lambda value: value)
     return MemoryOrder(run.in_order(run.memory), run.in_order(run.writes))
+
+
+def _run(gm: fx.GraphModule, mode: Any, given: Callable[[Any], Any]) -> _Storages:
+    run = _Storages(gm, mode)
+    # its decompositions take symbolic sizes where a kernel takes numbers alone (`constant_pad_nd`)
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        values = [given(node.meta.get("val")) for node in gm.graph.find_nodes(op="placeholder")]
+        run.run(*values, enable_io_processing=False)
+    return run
+
+
+def _at_example_size(value: Any) -> Any:
+    """A value of its own, at the sizes of the inputs of the capture."""
+    if isinstance(value, Tensor):
+        sizes, strides = ([example_size(n) for n in some] for some in (value.shape, value.stride()))
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+    return example_size(value) if isinstance(value, torch.SymInt) else value
 
 
 class _Storages(fx.Interpreter):
@@ -242,6 +261,7 @@ class _Storages(fx.Interpreter):
         self._read: dict[int, set[fx.Node]] = {}
         self._holders: dict[int, set[fx.Node]] = {}
         self._position = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self._fresh: dict[Hashable, Any] = {}  # results in memory of their own: layers repeat each other
 
     def in_order(self, found: Mapping[fx.Node, set[fx.Node]]) -> dict[fx.Node, tuple[fx.Node, ...]]:
         """The same with the nodes in program order."""
@@ -257,9 +277,23 @@ class _Storages(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_function":
             self._note(n)
-        value = super().run_node(n)
+            value = self._call(n)
+        else:
+            value = super().run_node(n)
         for storage in _storages(value):
             self._holders.setdefault(storage, set()).add(n)
+        return value
+
+    def _call(self, node: fx.Node) -> Any:
+        given = self.fetch_args_kwargs_from_env(node)
+        form = form_of_call(node.target, *given)
+        if form in self._fresh:
+            return pytree.tree_map_only(Tensor, _another, self._fresh[form])
+        value = super().run_node(node)
+        own = _storages(value)
+        apart = len(own) == sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+        if form is not None and apart and not own & _storages(given):
+            self._fresh[form] = value
         return value
 
     def _note(self, node: fx.Node) -> None:
@@ -293,6 +327,11 @@ class _Storages(fx.Interpreter):
 
     def _values(self, of: Any) -> Any:
         return map_arg(of, self.env.__getitem__)
+
+
+def _another(value: Tensor) -> Tensor:
+    """A tensor of the same form, in other memory."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _storages(value: Any) -> set[int]:
