@@ -114,6 +114,31 @@ class Program:
     out_spec: Any
     pieces: Mapping[str, tuple[fx.Node, ...]]
 
+    def run(self, leaves: Sequence[Any]) -> list[Any]:
+        """Run the pieces one after another with nothing put into the gaps: what the captured graph computes.
+
+        Args:
+            leaves: The input leaves.
+
+        Returns:
+            The output leaves.
+        """
+        values: dict[str, Any] = dict(zip(self.inputs, leaves, strict=True))
+        self.prologue.run(values)
+        self.stem.run(values)
+        lane = values[self.canvas]
+        for region in self.regions:
+            values.update({gap.entry: values[gap.lane] for gap in region.gaps})
+            values[region.entry] = lane
+            region.body.run(values)
+            if region.finish is not None:
+                values[region.joint] = values[region.anchor]
+                region.finish.run(values)
+            lane = values[region.end]
+        values[self.head_entry] = lane
+        self.head.run(values)
+        return [values[leaf.name] if isinstance(leaf, OutputName) else leaf for leaf in self.outputs]
+
     def __str__(self) -> str:
         """The code of every piece."""
         named = [("prologue", self.prologue), ("stem", self.stem)]
@@ -135,9 +160,9 @@ def insert(
     *,
     live: Liveness,
     cut: Cut,
-    finishes: Sequence[fx.Node | None],
-    owner: Callable[[str], Owner],
-    out_spec: Any,
+    finishes: Sequence[fx.Node | None] | None = None,
+    owner: Callable[[str], Owner] | None = None,
+    out_spec: Any = None,
 ) -> Program:
     """Take ``gm`` apart at the lanes of ``cut``, and its regions at ``finishes``.
 
@@ -145,9 +170,9 @@ def insert(
         gm: Captured graph.
         live: Its liveness.
         cut: Where to cut.
-        finishes: Per region the node a_k, or ``None``.
-        owner: Finds the module and attribute behind a name of the graph.
-        out_spec: Structure of the outputs.
+        finishes: Per region the node a_k, or ``None``; by default no region is split.
+        owner: Finds the module and attribute behind a name of the graph; by default those of ``gm`` itself.
+        out_spec: Structure of the outputs, kept for the caller.
 
     Returns:
         The program.
@@ -156,6 +181,8 @@ def insert(
         NoSeparatorError: Another live value crosses one of the cuts.
     """
     canvas, ends = cut.canvas, cut.ends
+    finishes = finishes or [None] * len(ends)
+    owner = owner or _owner_in(gm)
     # a finish that begins where the region ends has no nodes: it is the interface's own
     finishes = [None if finish is end else finish for finish, end in zip(finishes, ends, strict=True)]
     where = _assign(gm, live, cut, finishes)
@@ -201,6 +228,14 @@ def insert(
         out_spec=out_spec,
         pieces={label: tuple(nodes) for label, nodes in build.members.items()},
     )
+
+
+def _owner_in(gm: fx.GraphModule) -> Callable[[str], Owner]:
+    def owner(target: str) -> Owner:
+        path, _, name = target.rpartition(".")
+        return gm.get_submodule(path), name
+
+    return owner
 
 
 def _assign(gm: fx.GraphModule, live: Liveness, cut: Cut, finishes: Sequence[fx.Node | None]) -> dict[fx.Node, str]:

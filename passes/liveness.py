@@ -59,7 +59,8 @@ def liveness(gm: fx.GraphModule, *, trainable: frozenset[str] | None = None) -> 
 
     Args:
         gm: Captured graph; ``node.meta["val"]`` holds its values.
-        trainable: Names of the attributes that count as trainable; by default every float parameter.
+        trainable: Names of the attributes that count as trainable, or of inputs where parameters come in as inputs (as
+            in a ``torch.compile`` backend); by default every float parameter.
 
     Returns:
         The record.
@@ -103,7 +104,7 @@ def _kinds(
         random_live = False
         for node in gm.graph.nodes:
             if node.op == "placeholder":
-                kind[node] = INPUT
+                kind[node] = PARAMETER if node.name in trainable else INPUT
             elif node.op == "get_attr":
                 kind[node] = PARAMETER if str(node.target) in trainable else CONSTANT
             elif node.op != "output" and not _tensors(node):

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from lbi_compile.errors import LBIError, NoSeparatorError, RegionsError, TooManyRegionsError
 from lbi_compile.passes.lanes import Cut, cut, form, main_path
 from lbi_compile.passes.liveness import INPUT, Liveness
+from lbi_compile.passes.names import module_path, operator_name
 from lbi_compile.passes.separators import Separator
 from lbi_compile.passes.windows import HEAVY, several_lanes
 from lbi_compile.plan import Decision, Point
@@ -59,6 +60,13 @@ class Partition:
         return self.cut.ends
 
 
+def point_of(node: fx.Node) -> Point:
+    """A node by its module path and operator, for messages; ``naming.Naming`` gives names that last."""
+    value = node.meta["val"]
+    sizes = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    return Point(module_path(node), operator_name(node), 0, sizes, str(value.dtype).removeprefix("torch."))
+
+
 def partition(
     live: Liveness,
     points: Sequence[Separator],
@@ -66,8 +74,8 @@ def partition(
     regions: int | Sequence[fx.Node],
     cost: Mapping[fx.Node, int],
     flops: Mapping[fx.Node, int],
-    leaves_finish: Callable[[fx.Node, fx.Node], bool],
-    describe: Callable[[fx.Node], Point],
+    leaves_finish: Callable[[fx.Node, fx.Node], bool] = lambda _source, _sink: False,
+    describe: Callable[[fx.Node], Point] = point_of,
     starts: Sequence[fx.Node] = (),
     one_lane: bool = False,
 ) -> Partition:
@@ -86,8 +94,8 @@ def partition(
         regions: ``K``, or the separators to cut at.
         cost: Work of each node, for balance.
         flops: Matrix FLOPs of each node, to tell work from bookkeeping.
-        leaves_finish: Whether the step between two neighbouring candidates is position-wise.
-        describe: Name and shape of a node, for messages.
+        leaves_finish: Whether the step between two neighbouring candidates is position-wise; by default none is.
+        describe: Name and shape of a node, for messages; by default module path and operator.
         starts: With ``regions`` named: the first node of each region but the first, for boundaries of several lanes.
         one_lane: Take no boundaries of several lanes, or of another shape than the canvas.
 

@@ -10,9 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def test_quickstart():
+def printed(example: str) -> str:
+    """What an example writes, run in a process of its own; it has to end well and to write nothing else."""
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "quickstart.py"],
+        [sys.executable, ROOT / "examples" / example],
         capture_output=True,
         text=True,
         timeout=120,
@@ -21,6 +22,17 @@ def test_quickstart():
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "engine: scan" in done.stdout
-    assert "GPT2LMHeadModel: 4 regions" in done.stdout
-    assert "verify: ok" in done.stdout
+    return done.stdout
+
+
+def test_quickstart():
+    text = printed("quickstart.py")
+    assert "engine: scan" in text
+    assert "GPT2LMHeadModel: 4 regions" in text
+    assert "verify: ok" in text
+
+
+def test_a_backend_of_ones_own():
+    text = printed("own_backend.py")
+    assert "boundary 2: add" in text
+    assert "the pieces in order give the model's output bit for bit" in text
