@@ -27,6 +27,9 @@ from torch._decomp import core_aten_decompositions
 # Makes fake tensors honour Python kernels (decompositions of composite ops) while the rewrite traces.
 from torch._dispatch.python import enable_python_dispatcher
 
+# What Dynamo raises where it cannot trace a forward whole.
+from torch._dynamo.exc import Unsupported as NotTraceable
+
 # The fake mode and tracing context that AOTAutograd traced the joint graph under; inserted nodes must share them.
 from torch._guards import TracingContext, detect_fake_mode
 
@@ -49,6 +52,7 @@ __all__ = [
     "DataDependentValue",
     "FakeTensorMode",
     "GuardOnDataDependentSymNode",
+    "NotTraceable",
     "announce_backend",
     "aot_autograd",
     "below_autograd",

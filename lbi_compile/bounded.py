@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import engines
-from ._torch import dispatch_mode_active, exporting, fresh_code, pytree
+from ._torch import NotTraceable, dispatch_mode_active, exporting, fresh_code, pytree
 from .backend import eager_backend
 from .calls import ShapeCheck, call_signature
 from .capture import Inputs, bind, describe_inputs, signature
@@ -307,6 +307,12 @@ class BoundedModule(nn.Module):
         except Exception as error:
             if isinstance(record.error, LBIError):
                 raise record.error from error
+            if isinstance(error, NotTraceable):
+                raise EngineError(
+                    f"a region that torch.compile does not trace: {str(error).strip().splitlines()[0]}",
+                    expected="regions whose forward it traces whole",
+                    do='use backward="chain" (same gradients)',
+                ) from error
             raise
         self._engine = engines.Engine(
             engines.SCAN, engine.why, record.jacobians, tuple(sorted(record.unrolled.items()))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import lbi_compile
-from lbi_compile import LBIError, Plan
+from lbi_compile import CaptureError, LBIError, Plan
 from lbi_compile.analysis import analyse
 from lbi_compile.bounded import Options
 from lbi_compile.capture import Capture, as_inputs, capture
@@ -60,12 +60,14 @@ def measure(entry: Entry, engines: Sequence[str] = ENGINES) -> Row:
 def _measure(entry: Entry, engines: Sequence[str], row: Row) -> None:
     model, inputs = entry.build()
     row["parameters"] = sum(p.numel() for p in model.parameters())
-    with _timed(row, "capture_s"):
+    found = None
+    with _timed(row, "capture_s"), contextlib.suppress(CaptureError):
         found = capture(model, as_inputs(model, inputs))
-    row["dynamic"], row["nodes"] = list(found.dynamic), len(found.graph_module.graph.nodes)
-    plans = {k: _plan(model, found, k, row) for k in REGIONS}
+    if found is not None:
+        row["dynamic"], row["nodes"] = list(found.dynamic), len(found.graph_module.graph.nodes)
+    plans = {k: _plan(entry, found, k, row) for k in REGIONS}
     for k in TRIED:
-        plan = plans[k] if k in plans else _plan(model, found, k, row)
+        plan = plans[k] if k in plans else _plan(entry, found, k, row)
         if plan is not None:
             break
     else:
@@ -84,13 +86,14 @@ def _measure(entry: Entry, engines: Sequence[str], row: Row) -> None:
         row["status"] = f"red: losses {row['losses']}"
 
 
-def _plan(model: nn.Module, found: Capture, k: int, row: Row) -> Plan | None:
-    """What ``lbi_compile.plan`` gives, of a capture that is already there."""
+def _plan(entry: Entry, found: Capture | None, k: int, row: Row) -> Plan | None:
+    """What ``lbi_compile.plan`` gives, of the capture that is already there if the exporter made one."""
+    model, inputs = entry.build()
     options = Options(
         regions=k, r=16, interface="auto", cell="auto", readout="auto", backward="auto", allow_leak=False, seed=0
     )
     try:
-        plan = analyse(model, found, options).plan
+        plan = lbi_compile.plan(model, inputs, regions=k) if found is None else analyse(model, found, options).plan
     except LBIError as error:
         row["regions"][str(k)], row["refusals"][str(k)] = type(error).__name__, _said(error)
         return None
@@ -100,12 +103,12 @@ def _plan(model: nn.Module, found: Capture, k: int, row: Row) -> Plan | None:
 
 def _describe(plan: Plan, row: Row) -> None:
     flops = [region.part.flops for region in plan.regions]
-    (separators,) = (record.result for record in plan.passes if record.name == "separators")
+    # child modules are cut without a graph, and so without this pass
+    separators = next((record.result for record in plan.passes if record.name == "separators"), "")
     places = re.match(r"\d+", separators)
-    assert places is not None
     row |= {
         "k": len(plan.regions),
-        "places": int(places[0]),
+        "places": int(places[0]) if places else None,
         "lanes": max(len(crossing) for crossing in plan.crossings),
         "balance": max(flops) * len(flops) / sum(flops) if sum(flops) else None,
         "interface": plan.interface if plan.cell is None else f"{plan.interface}, {plan.cell}",
