@@ -24,7 +24,8 @@ from .errors import (
     ShapeNotCapturedError,
     StaleCaptureError,
 )
-from .hooked_run import HookedProgram, foreign_hooks
+from .hooked_plan import is_hooked
+from .hooked_run import HookedProgram
 from .interfaces import Interface
 from .interfaces.lanes import LanesInterface
 from .kernels import ops
@@ -474,15 +475,11 @@ def _assemble(program: Program, flat: list[Any], hs: tuple[Any, ...], ms: tuple[
 def _fingerprint(bounded: BoundedModule) -> tuple[Any, ...]:
     """Every submodule by name with its hooks; those of the bounded model too, which has a list of its own."""
     own = [(name, child) for name, child in bounded.named_children() if name != "lbi"]
+    # a model that runs as it is runs its hooks too, and its forward may add some of its own
+    counted = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = () if is_hooked(bounded._plan) else counted
     return tuple(
-        (
-            name,
-            id(module),
-            foreign_hooks(module._forward_hooks),
-            foreign_hooks(module._forward_pre_hooks),
-            len(module._backward_hooks),
-            len(module._backward_pre_hooks),
-        )
+        (name, id(module), *(len(getattr(module, kind)) for kind in hooks))
         for name, module in (*bounded.source.named_modules(), *own)
     )
 

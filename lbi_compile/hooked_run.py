@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -325,8 +325,3 @@ class _Run:
 
 def _share(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def foreign_hooks(hooks: Mapping[int, Any]) -> int:
-    """How many hooks a module has."""
-    return len(hooks)
