@@ -190,8 +190,11 @@ def _coupling_check(coupling: Sequence[Verdict], independent: bool, twin: Bounde
     if independent:
         return Check("batch independence", True, "; ".join(sorted({f"{v.how}: {v.why}" for v in coupling})))
     first = next(verdict for verdict in coupling if verdict.kind != "position-wise")
-    harmless = engine != engines.SCAN or twin.interface.splits
-    detail = f"{first.why}; " + ("this engine needs none" if harmless else "the scan needs it")
+    # Jacobians are of the regions between two latents: what the last region does with samples is its own affair
+    between = [coupling[k] for k in twin.interface.latents[:-1]]
+    needless = twin.interface.splits or all(verdict.kind == "position-wise" for verdict in between)
+    harmless = engine != engines.SCAN or needless
+    detail = f"{first.why}; " + ("nothing here needs it" if harmless else "the scan needs it")
     return Check("batch independence", None if harmless else False, detail)
 
 

@@ -339,13 +339,36 @@ def test_a_write_inside_a_block_without_gradient_spoils_what_follows():
     class Net(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             buffer = torch.zeros(3, 5)
+            view = buffer.t()
             with torch.no_grad():
-                buffer.copy_(x.flip(0))
+                view.copy_(x.flip(0).t())
             return buffer * 2 + x
 
     found = program(Net(), torch.randn(3, 5))
-    assert found.ask(0).kind == "mixed"
+    verdict = found.ask(0)
+    assert verdict.kind == "mixed"
+    assert verdict.why.startswith("wrap_with_set_grad_enabled writes the axis into memory other nodes may read")
     assert found.ask(0, measure=True).kind == "mixed"
+
+
+def test_a_write_to_two_arguments_spoils_what_follows():
+    """The noise of a random ReLU is 1 where its argument is positive."""
+    build = Builder((2, 3))
+    value = build.call(aten.mul.Tensor, build.source, 2.0)
+    noise = build.call(aten.zeros.default, [2, 3], dtype=torch.float64)
+    write = build.call(aten.rrelu_with_noise_.default, value, noise, 0.1, 0.3, True)
+    after = build.call(aten.mul.Tensor, noise, 2.0)
+    assert None not in (value, noise, write, after)
+    assert trace(build, 0)[after].kind == "mixed"  # type: ignore[index]
+
+
+def test_an_operator_that_may_give_its_argument_back_makes_no_memory():
+    build = Builder((2, 3))
+    value = build.call(aten.mul.Tensor, build.constant(2, 3), 2.0)
+    write = build.call(aten.add_.Tensor, build.call(aten.conj_physical.default, value), build.source)
+    after = build.call(aten.mul.Tensor, value, 2.0)
+    assert None not in (value, write, after)
+    assert trace(build, 0)[after].kind == "mixed"  # type: ignore[index]
 
 
 def test_a_write_that_keeps_the_axis_spoils_nothing():
