@@ -76,9 +76,9 @@ def test_a_row_that_is_not_as_expected_is_a_surprise_and_the_table_counts_it() -
     }
     slow = {**green, "name": "llama", "engine": "chain", "engines": {"scan": "refused: EngineError: no rule"}}
     refused = {
-        "name": "branching",
-        "family": "control flow",
-        "status": "refused: DataDependentControlFlowError: a branch",
+        "name": "lstm-bidirectional",
+        "family": "recurrent",
+        "status": "refused: TooManyRegionsError: one operator",
     }
     wrong = {**green, "name": "bert", "status": "red: scan: gradient of x off by 1e-3"}
     assert [surprise(row) for row in (green, refused)] == ["", ""]
@@ -87,4 +87,4 @@ def test_a_row_that_is_not_as_expected_is_a_surprise_and_the_table_counts_it() -
     text = table([green, slow, refused, wrong])
     assert "Captured 3 of 4 (75%); green 2 of 4 (50%); green with the scan 1 of 4 (25%)." in text
     assert "no scan: EngineError" in text
-    assert "1 refused: DataDependentControlFlowError" in text
+    assert "1 refused: TooManyRegionsError" in text
