@@ -78,10 +78,8 @@ def main() -> int:
         for row in rows(records[-1]):
             table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 150).print(table)
-    print(
-        "lanes: values that cross each boundary; max/mean: FLOPs of the largest region over the mean; inside: share of"
-    )
-    print("all FLOPs that lies in regions; MiB: peak memory of the whole process, PyTorch included")
+    print("lanes: values that cross each boundary; max/mean: FLOPs of the largest region over those of the mean one")
+    print("inside: share of all FLOPs that lies in regions; MiB: peak memory of the process, PyTorch included")
     if asked.json:
         asked.json.write_text(json.dumps(records, indent=2) + "\n")
     plans = [plan for record in records for plan in record.get("plans", [record])]

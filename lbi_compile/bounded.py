@@ -321,7 +321,13 @@ class BoundedModule(nn.Module):
         return [_once(leaf) for leaf in flat], tuple(map(_once, hs)), tuple(map(_once, ms))
 
     def _run(
-        self, program: Program, leaves: list[Any], *, marked: bool, taps: bool, canvas: Tensor | None = None
+        self,
+        program: Program | HookedProgram,
+        leaves: list[Any],
+        *,
+        marked: bool,
+        taps: bool,
+        canvas: Tensor | None = None,
     ) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
         if isinstance(program, HookedProgram):
             return program.run(self, leaves, marked=marked, taps=taps, canvas=canvas)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -144,7 +144,7 @@ def _readers(live: Liveness, cut: Cut) -> dict[fx.Node, tuple[int, ...]]:
 
 
 def lane_forms(
-    cut: Cut, plan: Plan, outputs: Sequence[Outputs], *, batch: str | None, values: dict[fx.Node, Any]
+    cut: Cut, plan: Plan, outputs: Sequence[Outputs], *, batch: str | None, values: Mapping[fx.Node, Any]
 ) -> tuple[tuple[LaneForm, ...], LaneForm]:
     """Forms of the lanes, and of the canvas, with the scale of their values in one run.
 
@@ -161,7 +161,7 @@ def lane_forms(
 
 
 def _form(
-    node: fx.Node, lane: Lane, batch: str | None, values: dict[fx.Node, Any], outputs: Sequence[Outputs]
+    node: fx.Node, lane: Lane, batch: str | None, values: Mapping[fx.Node, Any], outputs: Sequence[Outputs]
 ) -> LaneForm:
     shape: Sequence[Any] = node.meta["val"].shape
     found: Layout | AlongAxis = layout(node, batch=batch) if len(shape) > 1 else Layout(0, 0, len(shape))

@@ -37,6 +37,7 @@ class AxisState:
 
 
 ABSENT = AxisState("absent")
+_PLAIN = (int, float, str, type(None))
 
 
 class MixedError(Exception):
@@ -114,10 +115,11 @@ class Call:
 
     def only(self, *names: str) -> list[fx.Node]:
         """The carriers among these arguments; a call that carries the axis in another one is refused."""
-        found = self.carriers(*names)
-        if set(self.carriers()) != set(found):
+        # by argument, not by value: one value may be given for two of them
+        others = [value for name, value in self.args.items() if name not in names and not isinstance(value, _PLAIN)]
+        if any(self.state(leaf).kind == "at" for value in others for leaf in pytree.tree_leaves(value)):
             raise MixedError("the axis comes in by an argument that no rule covers")
-        return found
+        return self.carriers(*names)
 
     def one(self) -> tuple[AxisState, tuple[int, ...]]:
         """State and sizes of the first argument, the only one that may carry the axis."""

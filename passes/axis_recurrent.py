@@ -15,14 +15,14 @@ _CELLS = ("aten.lstm_cell", "aten.gru_cell", "aten.rnn_tanh_cell", "aten.rnn_rel
 
 def _net(call: Call) -> AxisState:
     """A whole net on inputs `[B, T, D]` or `[T, B, D]`, with initial states `[L, B, D]`."""
-    inputs = call.only("input", "hx")
+    call.only("input", "hx")
     samples = 0 if call.args["batch_first"] else 1
     found = []
-    for carrier in inputs:
-        state = call.state(carrier)
-        if state.dim != (samples if carrier is call.args["input"] else 1):
-            raise MixedError("it runs along the axis" if state.dim < 2 else "it sums over the axis")
-        found.append((samples, state.stride))
+    for name, dim in (("input", samples), ("hx", 1)):
+        for state in map(call.state, call.carriers(name)):
+            if state.dim != dim:
+                raise MixedError("it runs along the axis" if state.dim < 2 else "it sums over the axis")
+            found.append((samples, state.stride))
     return AxisState("at", *agree(found))
 
 

@@ -25,8 +25,6 @@ def _rule(names: str) -> Callable[[Rule], Rule]:
 def _convolution(call: Call) -> AxisState:
     """Samples stay apart; positions do where the kernel covers one of them."""
     state, shape = call.one()
-    if call.args["weight"] is call.args["input"]:
-        raise MixedError("its kernel carries the axis too")
     kernel = call.shape(call.args["weight"])[2:]
     if len(shape) == len(kernel) + 2 and state.dim == 0:
         return state

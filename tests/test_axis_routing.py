@@ -34,6 +34,10 @@ def _recurrent(b: Builder, x: fx.Node, kind: str, result: int, *, first: bool, l
     return b.item(b.call(call, x, states, weights, False, layers, 0.0, True, False, first), result)
 
 
+def _into_itself(b: Builder, index: Any) -> fx.Node | None:
+    return b.call(aten.index.Tensor, index, [None, index])
+
+
 # One call on x [2, 3, 4]. Where the result holds each axis of x: see ``brief``.
 CALLS: dict[str, tuple[str, Callable[[Builder, fx.Node], fx.Node | None]]] = {
     "argsort": ("0 - 2", lambda b, x: b.call(aten.argsort.default, x, 1)),
@@ -143,6 +147,7 @@ CALLS: dict[str, tuple[str, Callable[[Builder, fx.Node], fx.Node | None]]] = {
         "- - -",
         lambda b, x: b.call(aten.index_put.default, x, [b.call(aten.gt.Scalar, x, 1.0)], b.constant()),
     ),
+    "index into itself": ("- - -", lambda b, x: _into_itself(b, b.call(aten.remainder.Scalar, _best(b, x, 2), 2))),
     "index_put": (
         "0 - 2",
         lambda b, x: b.call(aten.index_put.default, x, [None, b.constant(2, high=3)], b.constant(2, 2, 4)),
@@ -205,6 +210,19 @@ def test_rules_of_single_calls(name: str):
     assert found == expected.split()
     if isinstance(build.values[node], Tensor) and build.values[node].is_floating_point():
         check(gm, build)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_value_given_twice_carries_its_axis_twice(first: bool):
+    """As inputs it has its samples in one dim, as first states in another."""
+    build = Builder((2, 2, 2))
+    weights = [build.constant(6, 2) for _ in range(4)]
+    found = build.call(aten.gru.input, build.source, build.source, weights, False, 2, 0.0, True, False, first)
+    out = build.item(found, 0)
+    assert out is not None
+    states = [brief(trace(build, axis)[out]) for axis in range(3)]
+    assert states == ["-", "-" if first else "1", "-"]
+    check(module(build, out), build)
 
 
 def _check_states(seeds: range) -> None:

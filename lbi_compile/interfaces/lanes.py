@@ -371,7 +371,7 @@ def _resize(canvas: Tensor, have: LaneForm, want: LaneForm) -> Tensor:
     fixed = len(sizes) == len(have.positions) + len(want.positions)
     if not fixed or len(have.positions) != len(want.positions) or len(want.positions) > 3:
         return canvas.mean(1)
-    pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(want.positions) - 1]
+    pool: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(want.positions) - 1]
     spatial = canvas.unflatten(1, [int(size) for size in have.positions if size is not None]).movedim(-1, 1)
-    pooled: Any = pool(spatial, [int(size) for size in want.positions if size is not None])
+    pooled = pool(spatial, [int(size) for size in want.positions if size is not None])
     return pooled.flatten(2).transpose(1, 2)

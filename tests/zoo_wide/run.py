@@ -24,8 +24,8 @@ def record(name: str, regions: list[int]) -> dict[str, Any]:
     """Plan the model called ``name`` for every number of regions.
 
     Returns:
-        ``parameters``, ``nodes`` of the captured graph, ``plans`` (one record, or the error, for each number of
-        regions), and the peak memory of this process so far in MiB, as ``mib``.
+        ``parameters``, the ``balance_wanted``, ``plans`` (one record for each number of regions), and the peak memory
+        of this process so far in MiB, as ``mib``.
     """
     model, inputs = on_meta(name)
     plans = [planned(model, inputs, count) for count in regions]
@@ -43,8 +43,8 @@ def planned(model: nn.Module, inputs: dict[str, Any], regions: int) -> dict[str,
 
     Returns:
         ``lanes`` at every boundary, ``balance`` (FLOPs of the largest region over those of the mean one), ``inside``
-        (share of the model's FLOPs that lies in regions), seconds of wall and processor time, and what was settled; or
-        ``error``.
+        (share of the model's FLOPs that lies in regions), ``nodes`` in all parts, seconds of wall and processor time,
+        and what was settled; or ``error``.
     """
     wall, processor = time.perf_counter(), time.process_time()
     found: dict[str, Any] = {"regions": regions}
