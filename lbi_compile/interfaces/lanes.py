@@ -38,8 +38,10 @@ class AlongAxis:
 
     @property
     def _order(self) -> tuple[int, ...]:
-        rest = (dim for dim in range(self.rank) if dim not in (self.batch, self.position))
-        return (self.batch, self.position, *rest)
+        # compared one by one: Dynamo may take the fields for symbols, and then finds none of them in a tuple
+        first, second = ([dim for dim in range(self.rank) if dim == field] for field in (self.batch, self.position))
+        rest = [dim for dim in range(self.rank) if dim != self.batch and dim != self.position]
+        return (*first, *second, *rest)
 
     def fold(self, x: Tensor) -> Tensor:
         """The value as `[B, T, E]`."""
