@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# why a model may have no scan
+BATCH_NORM = "BatchNorm in training mixes the samples of a batch: no Jacobian per sample exists"
+
 Inputs = dict[str, Any] | tuple[Any, ...]
 Made = tuple[nn.Module, Inputs]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.entry import Entry, Inputs, Made
+from tests.zoo.entry import BATCH_NORM, Entry, Inputs, Made
 
 BATCH, SIZE = 3, 16
 
@@ -236,11 +236,12 @@ def _of(model: Callable[[], nn.Module], inputs: Callable[[], Inputs] = _images) 
 ENTRIES = (
     Entry("unet", "U-Net", _of(UNet), ci=True),
     Entry("unet-time", "U-Net", _of(ConditionedUNet, lambda: (*_images(), torch.rand(BATCH)))),
-    Entry("densenet", "DenseNet", _of(DenseNet), ci=True),
+    Entry("densenet", "DenseNet", _of(DenseNet), expect="chain", why=BATCH_NORM, ci=True),
     Entry("cnn-groupnorm", "convolutional", _of(ResidualCNN), ci=True),
-    Entry("resnet-batchnorm", "convolutional", _of(lambda: ResidualCNN(batch_norm=True, relu_after=True))),
+    Entry("resnet-batchnorm", "convolutional", _of(lambda: ResidualCNN(batch_norm=True, relu_after=True)),
+          expect="chain", why=BATCH_NORM),
     Entry("denoiser", "image to image", _of(Denoiser)),
     Entry("channels-last", "image to image", _of(ChannelsLast, lambda: (torch.randn(BATCH, SIZE, SIZE - 2, 3),))),
     Entry("vgg", "convolutional", _of(VGG)),
     Entry("vae", "image to image", _of(AutoEncoder)),
-)
+)  # fmt: skip

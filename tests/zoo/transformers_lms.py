@@ -10,7 +10,8 @@ import transformers
 
 from tests.zoo.entry import Entry, Made
 
-LAYERS, WIDTH, VOCABULARY = 8, 32, 128
+# Four layers of two residual branches are still eight regions: enough where the fast tests are to stay fast.
+LAYERS, FEW, WIDTH, VOCABULARY = 8, 4, 32, 128
 # No two sizes of a model are equal by chance: batch 3, 12 positions, width 32.
 BATCH, LENGTH = 3, 12
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -46,7 +47,7 @@ def lm(model: str, config: str, **sizes: Any) -> Callable[[], Made]:
 
 def _decoders() -> list[Entry]:
     made = {
-        "gpt2": lm("GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=4,
+        "gpt2": lm("GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=FEW, n_head=4,
                    n_positions=64, **SPECIAL),
         "opt": lm("OPTForCausalLM", "OPTConfig", **{**SIZES, "ffn_dim": 64, "word_embed_proj_dim": WIDTH}),
         "gpt-neox": lm("GPTNeoXForCausalLM", "GPTNeoXConfig", **SIZES),
@@ -56,7 +57,7 @@ def _decoders() -> list[Entry]:
                     n_head=4, hidden_dropout=0.1, **SPECIAL),
         "mpt": lm("MptForCausalLM", "MptConfig", vocab_size=VOCABULARY, d_model=WIDTH, n_layers=LAYERS, n_heads=4,
                   max_seq_len=64, **SPECIAL),
-        "llama": lm("LlamaForCausalLM", "LlamaConfig", **GROUPED),
+        "llama": lm("LlamaForCausalLM", "LlamaConfig", **{**GROUPED, "num_hidden_layers": FEW}),
         "mistral": lm("MistralForCausalLM", "MistralConfig", sliding_window=8, **GROUPED),
         "qwen2": lm("Qwen2ForCausalLM", "Qwen2Config", **GROUPED),
         "qwen3": lm("Qwen3ForCausalLM", "Qwen3Config", head_dim=8, **GROUPED),
@@ -100,10 +101,11 @@ def _experts() -> list[Entry]:
 def _state_spaces() -> list[Entry]:
     sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "state_size": 8, **SPECIAL}
     made = {
-        # a Python loop over positions each: four layers are graph enough
-        "mamba": lm("MambaForCausalLM", "MambaConfig", **{**sizes, "num_hidden_layers": 4}),
-        "falcon-mamba": lm("FalconMambaForCausalLM", "FalconMambaConfig", **{**sizes, "num_hidden_layers": 4}),
-        "mamba2": lm("Mamba2ForCausalLM", "Mamba2Config", num_heads=8, head_dim=8, n_groups=2, chunk_size=8, **sizes),
+        # loops over positions or chunks in Python: few layers are graph enough
+        "mamba": lm("MambaForCausalLM", "MambaConfig", **{**sizes, "num_hidden_layers": FEW}),
+        "falcon-mamba": lm("FalconMambaForCausalLM", "FalconMambaConfig", **{**sizes, "num_hidden_layers": FEW}),
+        "mamba2": lm("Mamba2ForCausalLM", "Mamba2Config", num_heads=8, head_dim=8, n_groups=2, chunk_size=8,
+                     **{**sizes, "num_hidden_layers": FEW}),
     }  # fmt: skip
     return [Entry(name, "state space", make, ci=name == "mamba2") for name, make in made.items()]
 
@@ -113,7 +115,7 @@ def _hybrids() -> list[Entry]:
               "linear_num_value_heads": 4, "head_dim": 16}  # fmt: skip
     mamba = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 5, "mamba_chunk_size": 8}
     made = {
-        "jamba": lm("JambaForCausalLM", "JambaConfig", **{**GROUPED, "num_hidden_layers": 4}, num_experts=4,
+        "jamba": lm("JambaForCausalLM", "JambaConfig", **{**GROUPED, "num_hidden_layers": FEW}, num_experts=4,
                     num_experts_per_tok=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=5, mamba_dt_rank=4,
                     use_mamba_kernels=False),
         "zamba2": lm("Zamba2ForCausalLM", "Zamba2Config", **{**SIZES, "num_key_value_heads": 4}, mamba_d_state=5,
@@ -125,12 +127,12 @@ def _hybrids() -> list[Entry]:
                          ssm_state_size=5, chunk_size=8, head_dim=8,
                          layers_block_type=["mamba", "attention", "mamba", "mlp"] * 2, **GROUPED),
         "qwen3.5": lm("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", **linear,
-                      **{**GROUPED, "num_hidden_layers": 4}, layer_types=HYBRID),
+                      **{**GROUPED, "num_hidden_layers": FEW}, layer_types=HYBRID),
         "qwen3-next": lm("Qwen3NextForCausalLM", "Qwen3NextConfig", moe_intermediate_size=24, num_experts=4,
                          num_experts_per_tok=2, shared_expert_intermediate_size=24, **linear,
-                         **{**GROUPED, "num_hidden_layers": 4}, layer_types=HYBRID),
+                         **{**GROUPED, "num_hidden_layers": FEW}, layer_types=HYBRID),
         "falcon-h1": lm("FalconH1ForCausalLM", "FalconH1Config", mamba_d_ssm=64, head_dim=8, **mamba,
-                        **{**GROUPED, "num_hidden_layers": 4}),
+                        **{**GROUPED, "num_hidden_layers": FEW}),
         "lfm2": lm("Lfm2ForCausalLM", "Lfm2Config", block_multiple_of=8, layer_types=["conv", "full_attention"] * 4,
                    **GROUPED),
     }  # fmt: skip
@@ -140,9 +142,9 @@ def _hybrids() -> list[Entry]:
 def _recurrent() -> list[Entry]:
     made = {
         "rwkv": lm("RwkvForCausalLM", "RwkvConfig", vocab_size=VOCABULARY, hidden_size=WIDTH,
-                   attention_hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=4, context_length=64,
+                   attention_hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=FEW, context_length=64,
                    **SPECIAL),
-        "xlstm": lm("xLSTMForCausalLM", "xLSTMConfig", vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=4,
+        "xlstm": lm("xLSTMForCausalLM", "xLSTMConfig", vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=FEW,
                     num_heads=2, chunk_size=4, mode="train", ffn_round_up_to_multiple_of=8, use_cache=False,
                     **SPECIAL),
         "recurrent-gemma": lm("RecurrentGemmaForCausalLM", "RecurrentGemmaConfig", lru_width=WIDTH, head_dim=8,

@@ -8,8 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.zoo.entry import Entry, Made
-from tests.zoo.transformers_lms import BATCH, LAYERS, LENGTH, SIZES, SPECIAL, VOCABULARY, WIDTH, from_config, tokens
+from tests.zoo.entry import BATCH_NORM, Entry, Made
+from tests.zoo.transformers_lms import (
+    BATCH,
+    FEW,
+    LAYERS,
+    LENGTH,
+    SIZES,
+    SPECIAL,
+    VOCABULARY,
+    WIDTH,
+    from_config,
+    tokens,
+)
 
 # 9 patches and a class token, or 64 x 64 where stages halve the image five times
 IMAGE, PATCH, LARGE = 24, 8, 64
@@ -35,7 +46,7 @@ def made(model: str, config: str, inputs: Callable[[], dict[str, Any]], **sizes:
 def _encoders() -> list[Entry]:
     bert = {**SIZES, "hidden_dropout_prob": 0.1}
     found = {
-        "bert": made("BertForSequenceClassification", "BertConfig", text, **bert),
+        "bert": made("BertForSequenceClassification", "BertConfig", text, **{**bert, "num_hidden_layers": FEW}),
         "bert-mlm": made("BertForMaskedLM", "BertConfig", text, **bert),
         "roberta": made("RobertaForMaskedLM", "RobertaConfig", text, **{**bert, "type_vocab_size": 1}),
         "electra": made("ElectraForPreTraining", "ElectraConfig", text, **bert, embedding_size=16),
@@ -100,8 +111,17 @@ def _vision() -> list[Entry]:
                      text_config={**tower, **SPECIAL, "vocab_size": VOCABULARY, "max_position_embeddings": 64},
                      vision_config={**tower, "image_size": IMAGE, "patch_size": PATCH}),
     }  # fmt: skip
+    families = {"clip": "vision and text"}
+    unscanned = dict.fromkeys(("resnet", "regnet", "mobilenet-v2"), BATCH_NORM)
     return [
-        Entry(name, "vision and text" if name == "clip" else "vision", make, ci=name == "vit")
+        Entry(
+            name,
+            families.get(name, "vision"),
+            make,
+            expect="chain" if name in unscanned else "scan",
+            why=unscanned.get(name, ""),
+            ci=name == "vit",
+        )
         for name, make in found.items()
     ]
 
