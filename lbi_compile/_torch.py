@@ -7,6 +7,7 @@ kernels can be used without it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import sys
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 
 # Flattens and rebuilds arguments and outputs in the order the exporter uses.
@@ -209,16 +211,13 @@ def no_new_guards(fake_mode: Any) -> Iterator[None]:
     try:
         if shapes is None:
             yield
-        elif hasattr(shapes, "error_on_new_guards"):
-            with shapes.error_on_new_guards():
-                yield
-        else:
-            # torch 2.11: every new guard passes `_check_frozen`, which only warns.
-            shapes._check_frozen = _refuse_guard
-            try:
-                yield
-            finally:
-                del shapes._check_frozen
+            return
+        # every new guard passes here before it is kept, in all versions of torch
+        shapes._check_frozen = functools.partial(_refuse_guard, shapes)
+        try:
+            yield
+        finally:
+            del shapes._check_frozen
     finally:
         log.removeFilter(_is_not_a_refused_guard)
 
@@ -251,7 +250,12 @@ def _nothing(_: logging.LogRecord) -> bool:
     return False
 
 
-def _refuse_guard(expression: Any, value: Any) -> None:
+def _refuse_guard(shapes: Any, expression: Any, value: Any) -> None:
+    # A bound, such as "not empty" or "at least two", fixes no size, and Dynamo checks it at every call.
+    bounds = sympy.StrictLessThan, sympy.StrictGreaterThan, sympy.LessThan, sympy.GreaterThan
+    unequal = isinstance(expression, sympy.Ne if value else sympy.Eq)
+    if (unequal or isinstance(expression, bounds)) and not shapes.frozen:
+        return
     raise RuntimeError(f"a new guard {expression} == {value} would fix a symbolic size")
 
 

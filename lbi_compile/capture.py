@@ -188,7 +188,7 @@ def capture(model: nn.Module, inputs: Inputs, *, ladder: tuple[tuple[str, ...], 
         try:
             with undisturbed(model), unset_fake_temporarily(), silent_export():
                 numbers = _host_random()
-                given = fresh(inputs)
+                given = fresh(inputs, gradients=False)  # layers that set requires_grad need leaves to set it on
                 program = torch.export.export(model, given.args, given.kwargs, dynamic_shapes=shapes, strict=False)
                 # a generator that came into being meanwhile was not drawn from by anybody else
                 drawn = any(a != b for a, b in zip(numbers, _host_random(), strict=False))
@@ -283,8 +283,10 @@ def describe_inputs(inputs: Inputs) -> str:
     return "(" + ", ".join([*(one(value) for value in inputs.args), *named]) + ")"
 
 
-def fresh(inputs: Inputs) -> Inputs:
+def fresh(inputs: Inputs, *, gradients: bool = True) -> Inputs:
     """The inputs as other tensors on the same memory: the exporter leaves marks on those it is given.
+
+    They require gradients where the inputs do, unless ``gradients`` is off.
 
     It would take one tensor that is given for two arguments for one argument; these are two. Tensors made in inference
     mode are copied, for no gradient may be taken of them.
@@ -294,7 +296,7 @@ def fresh(inputs: Inputs) -> Inputs:
         if not isinstance(leaf, Tensor):
             return leaf
         same = leaf.clone() if leaf.is_inference() else leaf.detach()
-        return same.requires_grad_(leaf.requires_grad)
+        return same.requires_grad_(gradients and leaf.requires_grad)
 
     with torch.inference_mode(False):
         args, kwargs = pytree.tree_map(other, (inputs.args, inputs.kwargs))

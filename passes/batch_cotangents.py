@@ -234,7 +234,11 @@ def _view(run: BatchInterpreter, target: Any, x: Batched, size: Sequence[Any]) -
     kept = x.data.shape[1 + lead :]
     if all(x.compact(axis) for axis in range(lead)):
         return run.wrap(x.data.reshape(x.data.shape[0], *[1] * (len(new) - tail), *kept), new)
-    return run.wrap(x.full().reshape(x.data.shape[0], *new), new)
+    data = x.data
+    if any(x.compact(axis) for axis in range(lead)):
+        # reshape would ask of each symbolic size whether it is one, to avoid this copy of an expanded tensor
+        data = aten.clone.default(x.full(), memory_format=torch.contiguous_format)
+    return run.wrap(data.reshape(data.shape[0], *new), new)
 
 
 @rule(aten.expand.default)
