@@ -1,6 +1,7 @@
 """The operators of the bounded backward, registered under ``torch.ops.lbi`` when this file is imported.
 
-``suffix_scan`` and ``prefix_scan`` choose a kernel by device: Triton for CUDA, plain torch elsewhere. ``boundary`` and
+``suffix_scan`` and ``prefix_scan`` choose a kernel by device: Triton for CUDA, numpy or torch for the CPU (forms.py),
+torch elsewhere. ``suffix_products`` and ``prefix_products`` are scans of the rows of the identity. ``boundary`` and
 ``boundary_bwd`` are identities that leave a trace in a joint graph. All have fake, autograd and vmap rules.
 
 They are registered with :class:`torch.library.Library` and an autograd kernel of their own, not with ``custom_op`` or
@@ -21,14 +22,16 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from lbi_compile._torch import below_autograd, functorch_active
+from lbi_compile._torch import below_autograd, functorch_active, no_autocast
 from lbi_compile.errors import DoubleBackwardError, ScanShapeError
-from lbi_compile.kernels import reference
+from lbi_compile.kernels import cpu_scan, forms, reference
 
 _library = torch.library.Library("lbi", "FRAGMENT")
 for _schema in ("suffix_scan(Tensor J, Tensor last, Tensor? b)", "prefix_scan(Tensor J, Tensor first, Tensor? b)"):
     # Strides are arguments of the kernels, so Inductor need not copy an input into any order.
     _library.define(f"{_schema} -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+for _schema in ("suffix_products(Tensor J)", "prefix_products(Tensor J)"):
+    _library.define(f"{_schema} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 for _schema in ("boundary(Tensor m, int k, int chain)", "boundary_bwd(Tensor g, int k, int chain)"):
     # The output has the strides of the input: what Inductor feeds it has to be what was traced.
     _library.define(f"{_schema} -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
@@ -47,11 +50,11 @@ def suffix_scan(J: Tensor, last: Tensor, b: Tensor | None = None) -> Tensor:
     Args:
         J: ``[K, N, R, R]``, ``J[k, n, i, j] = d m_{k+1,i} / d m_{k,j}`` of index n. Any strides; a J that is the same
             for every index may be expanded over N and is not copied.
-        last: ``[N, R]``, the adjoint of the last latent.
-        b: ``[K, N, R]``, what reaches ``m_k`` by other ways; ``None`` for nothing.
+        last: ``[N, R]``, the adjoint of the last latent; or ``[N, S, R]``, S of them that share each J.
+        b: ``[K, *last.shape]``, what reaches ``m_k`` by other ways; ``None`` for nothing.
 
     Returns:
-        ``[K + 1, N, R]``, contiguous. float64 accumulates in float64, every other dtype in float32.
+        ``[K + 1, *last.shape]``, contiguous. float64 accumulates in float64, every other dtype in float32.
 
     Raises:
         ScanShapeError: The tensors do not fit together in shape, dtype or device.
@@ -71,11 +74,11 @@ def prefix_scan(J: Tensor, first: Tensor, b: Tensor | None = None) -> Tensor:
 
     Args:
         J: ``[K, N, R, R]``, any strides.
-        first: ``[N, R]``.
-        b: ``[K, N, R]`` or ``None``.
+        first: ``[N, R]`` or ``[N, S, R]``.
+        b: ``[K, *first.shape]`` or ``None``.
 
     Returns:
-        ``[K + 1, N, R]``, contiguous. float64 accumulates in float64, every other dtype in float32.
+        ``[K + 1, *first.shape]``, contiguous. float64 accumulates in float64, every other dtype in float32.
 
     Raises:
         ScanShapeError: The tensors do not fit together in shape, dtype or device.
@@ -88,6 +91,50 @@ def prefix_scan(J: Tensor, first: Tensor, b: Tensor | None = None) -> Tensor:
     Source: kernels/README.md.
     """
     return _prefix_op(J, first, b)
+
+
+def suffix_products(J: Tensor) -> Tensor:
+    """All products ``P[K] = I``, ``P[k] = J[K - 1] ... J[k]``; ``P[k] = d m_K / d m_k``.
+
+    Nothing scales them: they over- or underflow where the true products leave the range of the dtype.
+
+    Args:
+        J: ``[K, N, R, R]``, any strides.
+
+    Returns:
+        ``[K + 1, N, R, R]``. float64 accumulates in float64, every other dtype in float32.
+
+    Raises:
+        ScanShapeError: ``J`` has another shape or no floating dtype.
+
+    Example:
+        >>> suffix_products(torch.full((2, 1, 1, 1), 3.0)).flatten().tolist()
+        [9.0, 3.0, 1.0]
+
+    Source: kernels/README.md.
+    """
+    return torch.ops.lbi.suffix_products(J)
+
+
+def prefix_products(J: Tensor) -> Tensor:
+    """All products ``Q[0] = I``, ``Q[k] = J[k - 1] ... J[0]``; ``Q[k] = d m_k / d m_0``.
+
+    Args:
+        J: ``[K, N, R, R]``, any strides.
+
+    Returns:
+        ``[K + 1, N, R, R]``. float64 accumulates in float64, every other dtype in float32.
+
+    Raises:
+        ScanShapeError: ``J`` has another shape or no floating dtype.
+
+    Example:
+        >>> prefix_products(torch.full((2, 1, 1, 1), 3.0)).flatten().tolist()
+        [1.0, 3.0, 9.0]
+
+    Source: kernels/README.md.
+    """
+    return torch.ops.lbi.prefix_products(J)
 
 
 def boundary(m: Tensor, k: int, chain: int) -> Tensor:
@@ -114,19 +161,20 @@ def boundary(m: Tensor, k: int, chain: int) -> Tensor:
 def _check(name: str, J: Tensor, end: Tensor, b: Tensor | None) -> None:
     good = (
         J.dim() == 4
-        and end.dim() == 2
-        and J.shape[2] == J.shape[3] == end.shape[1] >= 1
+        and end.dim() in (2, 3)
+        and J.shape[2] == J.shape[3] == end.shape[-1] >= 1
         and J.shape[1] == end.shape[0]
         and J.dtype.is_floating_point
         and end.dtype == J.dtype
         and end.device == J.device
     )
     if good and b is not None:
-        good = b.shape == J.shape[:3] and b.dtype == J.dtype and b.device == J.device
+        good = b.shape == (J.shape[0], *end.shape) and b.dtype == J.dtype and b.device == J.device
     if not good:
         raise ScanShapeError(
             f"J {_show(J)}, {name} {_show(end)}, b {_show(b)}",
-            expected=f"J [K, N, R, R], {name} [N, R], b [K, N, R] or None; R >= 1, one floating dtype, one device",
+            expected=f"J [K, N, R, R], {name} [N, R] or [N, S, R], b [K, *{name}.shape] or None; R >= 1, one"
+            " floating dtype, one device",
             do="give one Jacobian per pair of neighbouring boundaries and per index, and cast all tensors to one dtype",
         )
 
@@ -161,6 +209,18 @@ def _plain(name: str, end_name: str) -> Callable[..., Tensor]:
     return kernel
 
 
+def _on_cpu(name: str, end_name: str) -> Callable[..., Tensor]:
+    scans = {"numpy": getattr(cpu_scan, name), "torch": getattr(reference, name)}
+
+    def kernel(J: Tensor, end: Tensor, b: Tensor | None) -> Tensor:
+        _check(end_name, J, end, b)
+        K, N, R, _ = J.shape
+        vectors = end.shape[1] if end.dim() == 3 else 1
+        return scans[forms.choose(K, N, R, dtype=J.dtype, device="cpu", vectors=vectors).name](J, end, b)
+
+    return kernel
+
+
 def _on_cuda(name: str, end_name: str) -> Callable[..., Tensor]:
     plain = _plain(name, end_name)
 
@@ -178,7 +238,7 @@ def _on_cuda(name: str, end_name: str) -> Callable[..., Tensor]:
 def _fake(end_name: str) -> Callable[..., Tensor]:
     def kernel(J: Tensor, end: Tensor, b: Tensor | None) -> Tensor:
         _check(end_name, J, end, b)
-        return end.new_empty((J.shape[0] + 1, J.shape[1], J.shape[2]))
+        return end.new_empty((J.shape[0] + 1, *end.shape))
 
     return kernel
 
@@ -187,18 +247,28 @@ def _scan_vmap(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
     def rule(
         info: Any, in_dims: tuple[int | None, ...], J: Tensor, end: Tensor, b: Tensor | None
     ) -> tuple[Tensor, int]:
+        size = info.batch_size
+        shared = in_dims[0] is None  # the vmapped axis joins the vectors that share a Jacobian, which is not copied
+        many = end.dim() - (in_dims[1] is not None) == 3
+
         def fold(x: Tensor, dim: int | None, axis: int) -> Tensor:
-            """Make the vmapped axis the outer part of N, which sits at ``axis``."""
+            """Make the vmapped axis the outer part of the axis at ``axis``."""
             if dim is None:
                 x = x.unsqueeze(axis)
-                x = x.expand(*x.shape[:axis], info.batch_size, *x.shape[axis + 1 :])
+                x = x.expand(*x.shape[:axis], size, *x.shape[axis + 1 :])
             else:
                 x = x.movedim(dim, axis)
-            return x.flatten(axis, axis + 1)
+            return x if shared and not many else x.flatten(axis, axis + 1)
 
-        J, end = fold(J, in_dims[0], 1), fold(end, in_dims[1], 0)
-        out = op(J, end, None if b is None else fold(b, in_dims[2], 1))
-        return out.unflatten(1, (info.batch_size, out.shape[1] // info.batch_size)), 1
+        out = op(
+            J if shared else fold(J, in_dims[0], 1),
+            fold(end, in_dims[1], int(shared)),
+            None if b is None else fold(b, in_dims[2], 1 + shared),
+        )
+        if shared and not many:
+            return out, 2
+        axis = 1 + shared
+        return out.unflatten(axis, (size, out.shape[axis] // size)), axis
 
     return rule
 
@@ -217,7 +287,7 @@ def _identity_vmap(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int
 
 def _scan_flops(J: Any, end: Any, b: Any = None, *_: Any, out_shape: Any = None, **__: Any) -> int:
     K, N, R, _R = J
-    return 2 * K * N * R * R
+    return 2 * K * N * R * R * (end[1] if len(end) == 3 else 1)
 
 
 class _Suffix(Function):
@@ -251,8 +321,34 @@ class _Prefix(Function):
 
 
 def _jacobian_grad(ctx: Any, lam: Tensor, m: Tensor) -> Tensor | None:
-    """``dL/dJ[k] = lam[k + 1] m[k]^T``, the same for both scans."""
-    return lam[1:].unsqueeze(-1) * m[:-1].unsqueeze(-2) if ctx.needs_input_grad[0] else None
+    """``dL/dJ[k] = lam[k + 1] m[k]^T``, the same for both scans; vectors that share a Jacobian add up."""
+    if not ctx.needs_input_grad[0]:
+        return None
+    if lam.dim() == 3:
+        return lam[1:].unsqueeze(-1) * m[:-1].unsqueeze(-2)
+    with no_autocast():
+        return lam[1:].mT @ m[:-1]
+
+
+def _rows_of_identity(J: Tensor) -> Tensor:
+    if J.dim() != 4 or J.shape[2] != J.shape[3] or not J.dtype.is_floating_point:
+        raise ScanShapeError(
+            f"J {_show(J)}",
+            expected="J [K, N, R, R] of a floating dtype",
+            do="give one Jacobian per pair of neighbouring boundaries and per index",
+        )
+    R = J.shape[-1]
+    return torch.eye(R, dtype=J.dtype, device=J.device).expand(J.shape[1], R, R)
+
+
+def _suffix_products(J: Tensor) -> Tensor:
+    """Row i of ``P[k]`` is the adjoint of ``m_k`` where the adjoint of ``m_K`` is the unit vector i."""
+    return _suffix_op(J, _rows_of_identity(J), None)
+
+
+def _prefix_products(J: Tensor) -> Tensor:
+    """Column j of ``Q[k]`` is what the unit vector j has become at ``m_k``."""
+    return _prefix_op(J, _rows_of_identity(J), None).mT
 
 
 class _Boundary(Function):
@@ -304,11 +400,16 @@ for _name, _end, _op, _function in (
     ("prefix_scan", "first", _prefix_op, _Prefix),
 ):
     _library.impl(_name, _plain(_name, _end), "CompositeExplicitAutograd")
+    _library.impl(_name, _on_cpu(_name, _end), "CPU")
     _library.impl(_name, _on_cuda(_name, _end), "CUDA")
     _library.impl(_name, _autograd(_function, _plain(_name, _end)), "Autograd")
     torch.library.register_fake(_op, _fake(_end), lib=_library)
     torch.library.register_vmap(_op, _scan_vmap(_op), lib=_library)
     register_flop_formula(_op.overloadpacket)(_scan_flops)
+
+# Composed of the scans, and so are their fake, autograd and vmap rules and their FLOPs.
+_library.impl("suffix_products", _suffix_products, "CompositeImplicitAutograd")
+_library.impl("prefix_products", _prefix_products, "CompositeImplicitAutograd")
 
 for _name, _op, _function in (
     ("boundary", _boundary_op, _Boundary),

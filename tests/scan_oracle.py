@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,27 @@ def problem(
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     return draw(K, N, R, R) / R**0.5, draw(N, R), draw(K, N, R) if b else None
+
+
+def hard_problems(K: int) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+    """float32 problems whose adjoints are tame while products of their Jacobians are not; R = 2."""
+
+    def everywhere(*rows: list[float]) -> Tensor:
+        return torch.tensor(rows).expand(K, 1, 2, 2).contiguous()
+
+    noise = torch.randn(K, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    unit, ones, one_each = torch.tensor([[0.0, 1.0]]), torch.ones(1, 2), torch.ones(K, 1, 2)
+    wild = everywhere([10.0, 0.0], [0.0, 1.0])
+    yield "overflow of a product", wild, unit, None
+    yield "growth that cancels between rows", everywhere([2.0, 1.0], [1.0, 2.0]), torch.tensor([[1.0, -1.0]]), None
+    yield "growth that b cancels", everywhere([1.75, 0.0], [0.0, 1.75]), ones, -0.75 * one_each
+    yield "underflow of what the adjoint is", everywhere([1.0, 0.0], [0.0, 0.25]), unit * 1e30, None
+    scales = torch.tensor([1e-25, 1e25]).repeat(K)[:K, None, None, None]
+    yield "huge and tiny by turns", everywhere([1.0, 1.0], [-1.0, 1.0]) * scales / 2**0.5, ones, None
+    yield "contraction", noise * 0.01, ones, one_each
+    yield "no dependence", noise * 0, ones, one_each
+    tame = torch.eye(2) * 0.9 + noise * 0.1
+    yield "one wild index", torch.cat([tame, wild], 1), unit.expand(2, 2), None
 
 
 def suffix_definition(J: Tensor, last: Tensor, b: Tensor | None) -> Tensor:

@@ -70,7 +70,7 @@ class TestScans:
         for K, N, R in product(K_SIZES, N_SIZES, R_SIZES):
             args = with_grad(*problem(K, N, R))
             out = op(*args)
-            assert relative_error(out, twin(*args)) < 1e-14, (K, N, R)
+            assert relative_error(out, twin(*args)) < 1e-12, (K, N, R)
             weight = torch.randn_like(out)
             got, expected = (torch.autograd.grad(y, args, weight) for y in (out, twin(*args)))
             for a, c in zip(got, expected, strict=True):
@@ -314,7 +314,7 @@ from lbi_compile.kernels import ops, reference
 assert "lbi_compile.kernels.suffix_scan" not in sys.modules
 J, last, b = torch.randn(3, 2, 4, 4), torch.randn(2, 4), torch.randn(3, 2, 4)
 expected = reference.suffix_scan(J, last, b)
-assert torch.equal(ops.suffix_scan(J, last, b), expected)
+assert torch.allclose(ops.suffix_scan(J, last, b), expected)
 on_cuda = ops._on_cuda("suffix_scan", "last")  # never asks where its tensors are
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

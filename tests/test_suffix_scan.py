@@ -5,12 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -137,106 +134,41 @@ def test_symbolic_number_of_indices(scan, definition, R):
     assert fake.dtype == torch.float64
 
 
-@needs_triton
-def test_triton_form_on_the_interpreter():
-    """float32 and float64; the interpreter is not to be trusted with bfloat16."""
-    root = Path(__file__).parent.parent
+def interpreted(amount: str) -> dict[str, dict[str, float]]:
+    """What ``tests/interpreted_scans.py`` prints; the interpreter is not to be trusted with less than float32."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.interpreted_scans"],
+        [sys.executable, "-m", "tests.interpreted_scans", amount],
         capture_output=True,
         text=True,
-        cwd=root,
+        cwd=Path(__file__).parent.parent,
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("the interpreter of triton 3.6 cannot loop to a bound known at run time under numpy 2.4")
     assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout)
-    assert len(errors) == 2 * (2 * 5 * (4 * 3 + 2 * 2) + 1)
-    wrong = {key: error for key, error in errors.items() if not error < (1e-5 if "float32" in key else 1e-13)}
-    assert not wrong
+    return json.loads(done.stdout)
 
 
-def spills(R: int, dtype: torch.dtype, *, layout: str, N: int = 8192, shape: Any = None) -> int:
-    """Bytes of register spills of the kernel on sm_90, compiled without a GPU and assembled by Triton's own ptxas."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from lbi_compile.kernels import suffix_scan as form
-
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    if not ptxas.exists():
-        pytest.skip(f"this triton ships no ptxas at {ptxas}")
-    shape = shape or form.launch_shape(N, R, dtype)
-    # What Triton specialises to at a launch: strides of 1, and multiples of 16.
-    known = {
-        "R": R,
-        "PADDED": shape.padded,
-        "BLOCK": shape.block,
-        "HAS_B": True,
-        "DESCENDING": layout != "prefix",
-        **{"suffix": {"j_kept": 1}, "prefix": {"j_summed": 1}, "strided": {}}[layout],
-        **({} if layout == "strided" else {"start_row": 1, "b_row": 1}),
-    }
-    names = form.scan_kernel.arg_names
-    pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float64: "*fp64"}[dtype]
-    kinds = {
-        name: "constexpr" if name in known else pointer if name in ("J", "start", "b", "out") else "i32"
-        for name in names
-    }
-    aligned = {"J", "start", "b", "out", *(("j_step", "j_index") if R % 4 == 0 and layout != "strided" else ())}
-    compiled = triton.compile(
-        ASTSource(
-            fn=form.scan_kernel,
-            signature=kinds,
-            constexprs={(names.index(name),): value for name, value in known.items()},
-            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-        ),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": shape.warps},
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(compiled.asm["ptx"])
-        said = subprocess.run(
-            [ptxas, "-v", "--gpu-name=sm_90a", source, "-o", Path(folder) / "kernel.cubin"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-    (stored,) = re.findall(r"(\d+) bytes spill stores", said)
-    return int(stored)
+def too_large(errors: dict[str, float]) -> dict[str, float]:
+    return {key: error for key, error in errors.items() if not error < (1e-5 if "float32" in key else 1e-13)}
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("layout", ["suffix", "prefix", "strided"])
-def test_registers_suffice_on_sm_90(layout, dtype):
-    for R in (1, 3, 8, 16, 32, 33, 64):
-        assert spills(R, dtype, layout=layout) == 0, R
+def test_triton_forms_on_the_interpreter():
+    said = interpreted("few")
+    assert len(said["errors"]) == 2 * ((2 * 2 + 1) * 2 * 5 + 5) + 2 * 3 * 2 * 2
+    assert len(said["guarded"]) == 8 + 1
+    assert not too_large(said["errors"])
+    assert not too_large(said["guarded"])
+    # The guard is what the last line rests on.
+    assert len(too_large(said["bare"])) == 1
 
 
+@pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize("N", [1, 3, 17])
-def test_registers_suffice_for_few_indices(N):
-    for R in (1, 16, 64):
-        assert spills(R, torch.float32, layout="suffix", N=N) == 0, R
-
-
-@needs_triton
-def test_spills_are_seen():
-    from lbi_compile.kernels.suffix_scan import LaunchShape
-
-    assert spills(1, torch.float32, layout="suffix", shape=LaunchShape(padded=1, block=4096, warps=4)) > 0
-
-
-@needs_triton
-def test_launch_shapes():
-    from lbi_compile.kernels.suffix_scan import launch_shape
-
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        for R in range(1, 65):
-            for N in (1, 2, 3, 17, 64, 8192):
-                padded, block, warps = launch_shape(N, R, dtype)
-                assert R <= padded < 2 * R
-                assert block & (block - 1) == 0 < block < 2 * N
-                assert warps & (warps - 1) == 0 < warps <= 16
+def test_triton_forms_at_every_size_on_the_interpreter():
+    said = interpreted("many")
+    assert len(said["errors"]) > 500
+    assert len(said["guarded"]) == 2 + 1
+    assert not too_large(said["errors"])
+    assert not too_large(said["guarded"])

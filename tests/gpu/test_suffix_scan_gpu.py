@@ -1,4 +1,4 @@
-"""The Triton form on a CUDA device, through the operators; needs torch, triton and pytest only."""
+"""The Triton forms on a CUDA device, through the operators and one by one; needs torch, triton and pytest only."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from torch.library import opcheck
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 pytest.importorskip("triton")
 
-from lbi_compile.kernels import ops, reference, suffix_scan  # noqa: E402  after the check for triton
+from lbi_compile.kernels import forms, ops, reference, suffix_scan  # noqa: E402  after the check for triton
+from lbi_compile.kernels.forms import Form  # noqa: E402
 from tests.scan_oracle import (  # noqa: E402
     K_SIZES,
     N_SIZES,
     R_SIZES,
+    hard_problems,
     prefix_definition,
     problem,
     relative_error,
     suffix_definition,
 )
 
+FORMS = [pytest.param(Form("vector"), id="vector"), pytest.param(Form("chunked", 8), id="chunked")]
+BOTH = [
+    pytest.param(suffix_scan.suffix_scan, reference.suffix_scan, id="suffix"),
+    pytest.param(suffix_scan.prefix_scan, reference.prefix_scan, id="prefix"),
+]
 SCANS = [
     pytest.param(ops.suffix_scan, reference.suffix_scan, suffix_definition, id="suffix"),
     pytest.param(ops.prefix_scan, reference.prefix_scan, prefix_definition, id="prefix"),
@@ -127,3 +134,85 @@ class TestOnDevice:
         end = torch.randn(N, R, dtype=torch.bfloat16, device="cuda")
         got = scan(J, end, None)[:, -5:]
         assert relative_error(got, definition(J[:, -5:], end[-5:], None)) < 2**-8
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("scan", "twin"), BOTH)
+class TestForms:
+    @pytest.mark.parametrize("R", [1, 2, 3, 8, 16, 17, 32, 33, 64])
+    @pytest.mark.parametrize(
+        ("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 2**-7)]
+    )
+    def test_every_width_and_ragged_chunks(self, form, scan, twin, R, dtype, bound):
+        for K, N, with_b in product((1, 7, 8, 9, 37, 200), (1, 5), (True, False)):
+            args = problem(K, N, R, dtype=dtype, b=with_b)
+            exact = twin(*(x if x is None else x.double() for x in args))
+            assert relative_error(scan(*on_device(*args), form=form), exact) < bound, (K, N, with_b)
+
+    def test_strided_inputs(self, form, scan, twin):
+        J, end, b = problem(20, 6, 16)
+        assert b is not None
+        Jd, endd, bd = (x.cuda() for x in (J, end, b))
+        for name, args, here in (
+            ("transposed J", (Jd.mT.contiguous().mT, endd, bd), (J, end, b)),
+            ("sliced", (Jd[::2, 1::2], endd[1::2], bd[::2, 1::2]), (J[::2, 1::2], end[1::2], b[::2, 1::2])),
+            ("steps innermost", (Jd.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2), endd, bd), (J, end, b)),
+            ("one J for all", (Jd[:, :1].expand_as(Jd), endd, bd), (J[:, :1].expand_as(J), end, b)),
+        ):
+            assert relative_error(scan(*args, form=form), twin(*here)) < 1e-12, name
+
+    def test_long_chains(self, form, scan, twin):
+        chunk = Form(form.name, 8 * form.chunk)
+        for N, R in ((1, 4), (3, 16)):
+            args = problem(4096, N, R, dtype=torch.float32)
+            exact = twin(*(x.double() for x in args if x is not None))
+            assert relative_error(scan(*on_device(*args), form=chunk), exact) < 1e-3
+
+    def test_products_of_jacobians_out_of_range(self, form, scan, twin):
+        chunk = Form(form.name, 8 * form.chunk)
+        for name, J, last, b in hard_problems(4096):
+            if scan is suffix_scan.prefix_scan:
+                J, b = J.mT.flip(0), None if b is None else b.flip(0)
+            exact = twin(J.double(), last.double(), None if b is None else b.double())
+            got = scan(*on_device(J, last, b), form=chunk).cpu().double()
+            exact = exact.where(exact.abs() > 1e-37, 0)  # what float32 holds
+            worst = (got.where(exact != 0, 0) - exact).abs().amax((1, 2)) / exact.abs().amax((1, 2)).clamp_min(1e-37)
+            assert worst.max() < 1e-4, name
+
+    def test_a_nan_stays_with_its_index(self, form, scan, twin):
+        J, end, b = problem(40, 3, 4, dtype=torch.float32)
+        J[20, 1, 0, 0] = torch.nan
+        got = scan(*on_device(J, end, b), form=form)
+        assert got[:, 1].isnan().any()
+        assert got[:, ::2].isfinite().all()
+
+
+@pytest.mark.parametrize(("scan", "twin"), BOTH)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+def test_vectors_that_share_a_jacobian(scan, twin, dtype, bound):
+    for R, S in ((1, 3), (4, 1), (4, 9), (16, 16), (33, 5), (64, 64)):
+        J = problem(7, 3, R, dtype=dtype)[0]
+        end, b = torch.randn(3, S, R).to(dtype), torch.randn(7, 3, S, R).to(dtype)
+        for args in ((J, end, b), (J, end, None), (J.mT.contiguous().mT, end.mT.contiguous().mT, b)):
+            exact = twin(*(x if x is None else x.double() for x in args))
+            assert relative_error(scan(*on_device(*args)).flatten(1, 2), exact.flatten(1, 2)) < bound, (R, S)
+
+
+@pytest.mark.parametrize("name", ["suffix_products", "prefix_products"])
+def test_products(name):
+    for K, N, R in ((1, 3, 1), (5, 2, 4), (37, 2, 16), (9, 1, 33), (5, 2, 64)):
+        J = problem(K, N, R)[0]
+        got, exact = getattr(ops, name)(J.cuda()), getattr(reference, name)(J)
+        assert relative_error(got.flatten(1, 2), exact.flatten(1, 2)) < 1e-12, (K, N, R)
+    J = problem(3, 2, 3)[0].cuda().requires_grad_()
+    assert torch.autograd.gradcheck(getattr(ops, name), J)
+    opcheck(getattr(torch.ops.lbi, name), (J,))
+
+
+def test_long_chains_of_few_indices_are_chunked():
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    form = forms.choose(4096, 1, 16, dtype=torch.float32, device="cuda", processors=processors)
+    assert form.name == "chunked"
+    args = problem(4096, 1, 16, dtype=torch.float32)
+    got, same = ops.suffix_scan(*on_device(*args)), suffix_scan.suffix_scan(*on_device(*args), form=form)
+    assert torch.equal(got, same)
