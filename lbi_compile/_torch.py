@@ -57,6 +57,7 @@ __all__ = [
     "NotTraceable",
     "announce_backend",
     "aot_autograd",
+    "associative_scan",
     "below_autograd",
     "boxed",
     "compile_with_inductor",
@@ -195,6 +196,11 @@ def vmap_without_fallback() -> Iterator[None]:
         yield
     finally:
         functorch._set_vmap_fallback_enabled(before)
+
+
+def annotated(labels: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Inside, nodes that Dynamo traces, and those of their backward, carry ``labels`` in ``meta["custom"]``."""
+    return torch.fx.traceback.annotate(labels)
 
 
 def no_autocast() -> contextlib.AbstractContextManager[None]:
@@ -347,8 +353,8 @@ def announce_backend(name: str, value: str) -> None:
     registry._BACKENDS.setdefault(name, EntryPoint(name, value, "torch_dynamo_backends"))
 
 
-def graph_pass(run: Callable[[fx.Graph], None], files: tuple[str, ...]) -> Any:
-    """An Inductor pass whose cache identity is the content of ``files``."""
+def graph_pass(run: Callable[[fx.Graph], None], files: tuple[str, ...], *, variant: str = "") -> Any:
+    """An Inductor pass whose cache identity is the content of ``files`` and the name of the ``variant``."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     class Pass(CustomGraphPass):
@@ -356,9 +362,16 @@ def graph_pass(run: Callable[[fx.Graph], None], files: tuple[str, ...]) -> Any:
             run(graph)
 
         def uuid(self) -> Any:
-            return get_hash_for_files(files)
+            return get_hash_for_files(files, extra=variant)
 
     return Pass()
+
+
+def associative_scan(combine: Callable[..., Any], values: Any, *, reverse: bool = False) -> Any:
+    """Torch's scan of an associative operator over axis 0, in its generic form."""
+    from torch._higher_order_ops.associative_scan import associative_scan as scan
+
+    return scan(combine, values, 0, reverse=reverse, combine_mode="generic")
 
 
 def compile_with_inductor(gm: fx.GraphModule, example_inputs: Any, options: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,20 +10,32 @@ from torch import fx
 
 from lbi_compile import _torch
 from lbi_compile.errors import OptionError
-from lbi_compile.passes import batch_cotangents, jacobian_slices, linearity, splicing
+from lbi_compile.passes import (
+    alike,
+    batch_cotangents,
+    jacobian_slices,
+    linearity,
+    ordering,
+    region_rules,
+    region_sums,
+    splicing,
+)
+from lbi_compile.passes import batch_regions as batch_regions_file
 from lbi_compile.passes import scan_backward as scan_backward_file
+from lbi_compile.passes.batch_regions import batch_regions
 from lbi_compile.passes.scan_backward import ScanRecord, erase_markers, scan_backward
 
 __all__ = ["ScanRecord", "eager_backend", "erase_markers", "last_record", "lbi"]
 
 
-def eager_backend(record: ScanRecord) -> Callable[..., Any]:
+def eager_backend(record: ScanRecord, *, batched: bool = True) -> Callable[..., Any]:
     """A ``torch.compile`` backend that runs a marked graph operator by operator, with the scan in its backward.
 
     It needs no C++ compiler. Use it with ``dynamic=True``.
 
     Args:
         record: Always describes the graph that was compiled or run last.
+        batched: Run what regions do alike as one operator.
 
     Returns:
         The backend. Where the graph cannot be solved by a scan it raises ``EngineError`` (inside Dynamo's
@@ -54,6 +67,8 @@ def eager_backend(record: ScanRecord) -> Callable[..., Any]:
         def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
             try:
                 scan_backward(joint, record=this)
+                if batched:
+                    batch_regions(joint, record=this.batched)
             finally:
                 record.become(this)
             forward, backward = _torch.default_partition(joint, inputs, **options)
@@ -94,16 +109,20 @@ def last_record() -> ScanRecord:
     return _Last.record
 
 
-def _rewrite(graph: fx.Graph) -> None:
+def _rewrite(graph: fx.Graph, *, batched: bool) -> None:
     joint = graph.owning_module
     assert joint is not None
     _Last.record = ScanRecord()
-    scan_backward(joint, record=_Last.record, decompositions=_torch.inductor_decompositions())
+    decompositions = _torch.inductor_decompositions()
+    scan_backward(joint, record=_Last.record, decompositions=decompositions)
+    if batched:
+        batch_regions(joint, record=_Last.record.batched, decompositions=decompositions)
 
 
 def rewrite_sources() -> tuple[str, ...]:
     """Files on which the rewrite depends; Inductor's caches must miss when one of them changes."""
-    modules = (batch_cotangents, jacobian_slices, linearity, splicing, scan_backward_file, _torch)
+    batching = (alike, batch_regions_file, ordering, region_rules, region_sums)
+    modules = (batch_cotangents, jacobian_slices, linearity, splicing, scan_backward_file, _torch, *batching)
     return tuple(str(module.__file__) for module in modules)
 
 
@@ -122,20 +141,25 @@ def lbi(
         gm: Dynamo's graph.
         example_inputs: Its inputs.
         mode: As for ``backend="inductor"``.
-        options: As for ``backend="inductor"``; over those of ``mode``.
+        options: As for ``backend="inductor"``, over those of ``mode``; and ``"batch_regions"``: whether what regions do
+            alike runs as one operator, which it does unless told otherwise.
 
     Raises:
         EngineError: The graph cannot be solved by a scan (inside Dynamo's ``BackendCompilerFailed``).
         OptionError: Another joint-graph pass is set where this one goes.
     """
-    config = _torch.inductor_options(mode, options)
+    given = dict(options or {})
+    batched = bool(given.pop("batch_regions", True))
+    config = _torch.inductor_options(mode, given)
     if config.get("joint_custom_pre_pass", _torch.inductor_joint_pass()) is not None:
         raise OptionError(
             "joint_custom_pre_pass is set in Inductor's options or global configuration",
             expected="that place free for the rewrite of the backward",
             do="use joint_custom_post_pass for your own pass, or compile with another backend (exact, as a chain)",
         )
-    config["joint_custom_pre_pass"] = _torch.graph_pass(_rewrite, rewrite_sources())
+    rewrite = functools.partial(_rewrite, batched=batched)
+    variant = f"batch_regions={batched}"
+    config["joint_custom_pre_pass"] = _torch.graph_pass(rewrite, rewrite_sources(), variant=variant)
     with _torch.compiling():
         return _torch.compile_with_inductor(gm, example_inputs, config)
 

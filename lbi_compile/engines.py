@@ -21,12 +21,14 @@ class Engine:
         jacobians: Interface Jacobians the scan combines.
         unrolled: Operators of the backward that were run once per cotangent because they cannot be batched, with the
             reason.
+        batched: Operators that run once for several regions.
     """
 
     name: str
     why: str
     jacobians: int = 0
     unrolled: tuple[tuple[str, str], ...] = ()
+    batched: int = 0
 
     def __str__(self) -> str:
         text = f"{self.name} ({self.why})"

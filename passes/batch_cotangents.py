@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -54,6 +54,10 @@ class Batched:
         return isinstance(size, int) and size == 1
 
 
+Rule = Callable[..., Any]
+RULES: dict[Any, Rule] = {}
+
+
 class Refused(Exception):
     """A rule cannot batch this call."""
 
@@ -72,6 +76,8 @@ class BatchInterpreter(fx.Interpreter):
         attention: How attention backwards were batched: ``"fold"`` or ``"unroll"``.
     """
 
+    rules: ClassVar[dict[Any, Rule]] = RULES
+
     def __init__(self, module: fx.GraphModule, r: int) -> None:
         super().__init__(module)
         self.r = r
@@ -87,13 +93,21 @@ class BatchInterpreter(fx.Interpreter):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if target is operator.getitem or not any(isinstance(leaf, Batched) for leaf in leaves):
             return super().call_function(target, args, kwargs)
-        require_linear(target, args, kwargs, live=lambda x: isinstance(x, Batched))
+        self.check(target, args, kwargs)
         try:
-            rule = RULES.get(target, _pointwise if torch.Tag.pointwise in target.tags else _vmap)
+            rule = self.rules.get(target, _pointwise if torch.Tag.pointwise in target.tags else _vmap)
             return rule(self, target, *args, **kwargs)
         except Exception as error:  # whatever refused to be batched can still be run once per cotangent
             self.unrolled.setdefault(str(target), f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
             return self._unroll(target, leaves, spec)
+
+    def check(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse what is not linear in the cotangents.
+
+        Raises:
+            EngineError: It is not, or is not known to be.
+        """
+        require_linear(target, args, kwargs, live=lambda x: isinstance(x, Batched))
 
     def _unroll(self, target: Any, leaves: list[Any], spec: Any) -> Any:
         full = [leaf.full() if isinstance(leaf, Batched) else leaf for leaf in leaves]
@@ -119,10 +133,6 @@ class BatchInterpreter(fx.Interpreter):
         """Fake value of the current node for one cotangent."""
         assert self._node is not None
         return self._node.meta["val"]
-
-
-Rule = Callable[..., Any]
-RULES: dict[Any, Rule] = {}
 
 
 def rule(*targets: Any) -> Callable[[Rule], Rule]:
@@ -165,7 +175,7 @@ def _pointwise(run: BatchInterpreter, target: Any, *args: Any, **kwargs: Any) ->
     def align(leaf: Any) -> Any:
         if not isinstance(leaf, Batched):
             return leaf
-        if not leaf.shape:
+        if not leaf.shape and rank and leaf.data.dtype != run.result_value().dtype:
             raise Refused("a scalar would change the dtype rules of its operator")
         return leaf.aligned(rank)
 

@@ -188,15 +188,25 @@ def _drop_unused_outputs(copy: fx.Node, node: fx.Node, inside: Collection[fx.Nod
 
 
 def simplify(piece: Slice, live: Sequence[Tensor]) -> fx.GraphModule:
-    """The slice in operators that have batching rules: ``*_backward`` and Inductor's primitives are decomposed.
+    """The slice in operators that have batching rules; see ``simplified``."""
+    constants = [node.meta["val"] for node in piece.constants]
+    return simplified(piece.module, [*live, *constants, *piece.zero_values()])
+
+
+def simplified(module: fx.GraphModule, values: Sequence[Any], *, keep: Collection[Any] = ()) -> fx.GraphModule:
+    """A graph in operators that have batching rules: ``*_backward`` and Inductor's primitives are decomposed.
 
     Without this, vmap over a symbolic batch size would fix that size in several of them.
+
+    Args:
+        module: The graph.
+        values: Its inputs, fake.
+        keep: Operators to leave as they are.
     """
-    table = _decompositions()
-    if not any(node.target in table for node in piece.module.graph.nodes):
-        return piece.module
-    constants = [distinct(node.meta["val"]) for node in piece.constants]
-    return make_fx(piece.module, decomposition_table=table)(*live, *constants, *piece.zero_values())
+    table = {op: rule for op, rule in _decompositions().items() if op not in keep}
+    if not any(node.target in table for node in module.graph.nodes):
+        return module
+    return make_fx(module, decomposition_table=table)(*map(distinct, values))
 
 
 def distinct(value: Any) -> Any:

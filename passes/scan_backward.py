@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import heapq
 import itertools
 import math
 import time
@@ -18,8 +17,10 @@ from torch import Tensor, fx
 import lbi_compile.kernels.ops  # noqa: F401  registers the operators
 from lbi_compile._torch import is_tangent, same_shape
 from lbi_compile.errors import EngineError, LBIError
+from lbi_compile.passes.alike import CHAIN, PART, REGION, BatchRecord
 from lbi_compile.passes.batch_cotangents import Batched, BatchInterpreter
 from lbi_compile.passes.jacobian_slices import cut, downstream, simplify, upstream
+from lbi_compile.passes.ordering import sort
 from lbi_compile.passes.splicing import Splicer
 
 FORWARD, BACKWARD = torch.ops.lbi.boundary.default, torch.ops.lbi.boundary_bwd.default
@@ -44,6 +45,7 @@ class ScanRecord:
         forward_nodes: Nodes of the forward graph (eager default only, as is the next).
         backward_nodes: Nodes of the backward graph.
         seconds: Time the rewrite took.
+        batched: What was batched over regions afterwards.
         error: Why the rewrite failed.
     """
 
@@ -59,6 +61,7 @@ class ScanRecord:
     forward_nodes: int = 0
     backward_nodes: int = 0
     seconds: float = 0.0
+    batched: BatchRecord = field(default_factory=BatchRecord)
     error: LBIError | None = None
 
     def become(self, other: ScanRecord) -> None:
@@ -208,7 +211,17 @@ def _solve(
     """Solve the adjoints of one chain; ``markers`` are its backward markers from the first boundary to the last."""
     graph = gm.graph
     r = _width(markers)
-    splicer = Splicer(gm, markers, decompositions)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    shape = markers[-1].meta["val"].shape
+    latents = (
+        n for n in graph.find_nodes(op="call_function", target=FORWARD) if same_shape(n.meta["val"].shape, shape)
+    )
+    splicer = Splicer(
+        gm,
+        before=min(markers, key=order.__getitem__),
+        decompositions=decompositions,
+        latent=next((n for n in latents if same_shape(n.meta["val"].shape, shape)), None),
+    )
     jacobians: list[fx.Node] = []
     shared: list[bool] = []
     others: dict[int, fx.Node] = {}
@@ -232,25 +245,27 @@ def _solve(
         last, *pieces = [value.to(dtype) for value in values]
         lead = tuple(last.shape[:-1])
         n = math.prod(lead)
-        rows = [piece.movedim(0, -2) for piece in pieces[:count]]  # [*lead or 1s, R, R]
+        rows = pieces[:count]  # each [*lead or 1s, R, R]
         if same_everywhere:
-            J = torch.stack([row.reshape(1, r, r) for row in rows]).expand(count, n, r, r)
+            J = torch.stack(rows).reshape(count, 1, r, r).expand(count, n, r, r)
         else:
-            J = torch.stack([row.expand(*lead, r, r) for row in rows]).reshape(count, n, r, r)
+            whole = (*lead, r, r)
+            J = torch.stack([row if same_shape(row.shape, whole) else row.expand(whole) for row in rows])
+            J = J.reshape(count, n, r, r)
         b = None
         if others:
             bias = dict(zip(others, pieces[count:], strict=True))
-            nothing = torch.zeros((), dtype=last.dtype, device=last.device).expand(n, r)
-            b = torch.stack([bias[at].reshape(n, r) if at in bias else nothing for at in range(count)])
-        lam = torch.ops.lbi.suffix_scan.default(J, last.reshape(n, r), b)
-        return [lam[at].reshape(*lead, r).to(dtypes[at]) for at in range(count)]
+            nothing = torch.zeros((), dtype=last.dtype, device=last.device).expand(*lead, r)
+            b = torch.stack([bias.get(at, nothing) for at in range(count)]).reshape(count, n, r)
+        lam = torch.ops.lbi.suffix_scan.default(J, last.reshape(n, r), b).reshape(count + 1, *lead, r)
+        return [lam[at] if dtypes[at] == dtype else lam[at].to(dtypes[at]) for at in range(count)]
 
     last = markers[-1].args[0]
     assert isinstance(last, fx.Node)
     adjoints = splicer(scan, [last, *jacobians, *others.values()])
     for marker, adjoint in zip(markers, adjoints, strict=False):
         marker.replace_all_uses_with(adjoint)
-    _sort(graph)
+    sort(graph)
     record.status = "scan"
     record.scans += 1
     record.jacobians += count
@@ -287,6 +302,7 @@ class _Region:
     end: fx.Node
     path: tuple[fx.Node, ...]
     extra: tuple[fx.Node, ...]
+    label: dict[str, int]
 
 
 def _region(
@@ -307,20 +323,21 @@ def _region(
             expected=f"latent {k + 1} to be the only way from region {k} to later latents",
             do="use backward='chain', or cut where the boundary is a separator",
         )
-    return _Region(k, source, end, path, extra)
+    chain = _place(to)[1]
+    return _Region(k, source, end, path, extra, {CHAIN: chain, REGION: k})
 
 
 def _jacobian(
     gm: fx.GraphModule, region: _Region, splicer: Splicer, r: int, record: ScanRecord
 ) -> tuple[fx.Node, bool]:
-    """Splice ``J`` ``[R, *lead, R]``, its rows the adjoint path run on unit cotangents; and whether it is the same for
+    """Splice ``J`` ``[*lead, R, R]``, its rows the adjoint path run on unit cotangents; and whether it is the same for
     every index (then all axes of lead are 1)."""
     value = region.source.meta["val"]
     shape = tuple(value.shape)
     if region.end not in region.path and region.end is not region.source:
         # Nothing flows from this latent to the next one (a detached region).
         return splicer(
-            lambda: torch.zeros(r, *[1] * len(shape[:-1]), r, dtype=value.dtype, device=value.device), []
+            lambda: torch.zeros(*[1] * len(shape[:-1]), r, r, dtype=value.dtype, device=value.device), []
         ), True
     piece = cut(gm, region.path, live=[region.source], dead=region.extra, end=region.end)
     like = piece.signature()
@@ -329,17 +346,21 @@ def _jacobian(
         with splicer.tracing():
             module = simplify(piece, [torch.zeros((), dtype=value.dtype, device=value.device).expand(shape)])
 
-    def rows(*constants: Tensor) -> Tensor:
-        eye = torch.eye(r, dtype=value.dtype, device=value.device).view(r, *[1] * (len(shape) - 1), r)
+    eye = splicer.once(lambda: torch.eye(r, dtype=value.dtype, device=value.device), like=(r, value.dtype))
+
+    def rows(eye: Tensor, *constants: Tensor) -> Tensor:
+        eye = eye.view(r, *[1] * (len(shape) - 1), r)
         run = BatchInterpreter(module, r)
         result = run.run(Batched(eye, shape), *constants, *piece.zero_cotangents(r))
         record.unrolled.update(run.unrolled)
         record.sdpa = "+".join(sorted({*filter(None, record.sdpa.split("+")), *run.attention}))
         data = result.data if isinstance(result, Batched) else result.new_zeros(()).expand(r, *result.shape)
-        return data if isinstance(data.shape[-1], int) and data.shape[-1] == r else data.expand(*data.shape[:-1], r)
+        if not (isinstance(data.shape[-1], int) and data.shape[-1] == r):
+            data = data.expand(*data.shape[:-1], r)
+        return data.movedim(0, -2)
 
-    node = splicer(rows, piece.constants, like=like)
-    lead = node.meta["val"].shape[1:-1]
+    node = splicer(rows, [eye, *piece.constants], like=like, label={**region.label, PART: "jacobian"})
+    lead = node.meta["val"].shape[:-2]
     return node, all(isinstance(size, int) and size == 1 for size in lead)
 
 
@@ -349,7 +370,7 @@ def _bias(gm: fx.GraphModule, region: _Region, splicer: Splicer) -> fx.Node:
         return region.end
     live = downstream(region.extra) & set(region.path)
     if region.end not in live:
-        return splicer(lambda end: torch.zeros_like(end), [region.end])
+        return splicer(lambda end: torch.zeros_like(end), [region.end], label={**region.label, PART: "bias"})
     path = [node for node in region.path if node in live]
     dead = {*region.path, region.source} - live
     piece = cut(gm, path, live=region.extra, dead=dead, end=region.end)
@@ -357,29 +378,4 @@ def _bias(gm: fx.GraphModule, region: _Region, splicer: Splicer) -> fx.Node:
     def run(*values: Tensor) -> Tensor:
         return piece.module(*values, *piece.zero_values())
 
-    return splicer(run, [*region.extra, *piece.constants])
-
-
-def _sort(graph: fx.Graph) -> None:
-    """Order nodes so that each comes after its inputs, otherwise as they stand."""
-    place = {node: i for i, node in enumerate(graph.nodes)}
-    nodes = list(graph.nodes)
-    missing = [len(node.all_input_nodes) for node in nodes]
-    ready = [i for i, count in enumerate(missing) if count == 0]
-    order: list[fx.Node] = []
-    while ready:
-        node = nodes[heapq.heappop(ready)]
-        order.append(node)
-        for user in node.users:
-            missing[place[user]] -= 1
-            if missing[place[user]] == 0:
-                heapq.heappush(ready, place[user])
-    if len(order) < len(nodes):
-        raise EngineError(
-            "latents of several bounded models whose adjoints depend on each other",
-            expected="adjoints that can be solved one bounded model after the other",
-            do="use backward='chain'",
-        )
-    for before, node in itertools.pairwise(order):
-        if before.next is not node:
-            before.append(node)
+    return splicer(run, [*region.extra, *piece.constants], label={**region.label, PART: "bias"})

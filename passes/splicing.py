@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,33 +17,54 @@ from lbi_compile._torch import (
     make_fx,
     no_autocast,
     no_new_guards,
-    same_shape,
     vmap_without_fallback,
 )
 from lbi_compile.passes.jacobian_slices import distinct
 
+# AOTAutograd's tags of nodes: where they run.
+FORWARD, BACKWARD = "is_forward", "must_be_in_backward"
+
 
 class Splicer:
-    """Traces functions over values of the joint graph and inserts what they do before the first marker of a chain."""
+    """Traces functions over values of the joint graph and inserts what they do.
 
-    def __init__(self, gm: fx.GraphModule, markers: Sequence[fx.Node], decompositions: Any) -> None:
-        self.gm, self.decompositions = gm, decompositions
+    Args:
+        gm: The joint graph.
+        before: Node before which it is inserted.
+        decompositions: What to trace with.
+        latent: A latent of the graph, whose symbolic sizes functions may use beside those of their inputs.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, *, before: fx.Node, decompositions: Any, latent: fx.Node | None = None
+    ) -> None:
+        self.gm, self.decompositions, self.before = gm, decompositions, before
         self.inserted = 0
         self.traced: dict[Hashable, fx.GraphModule] = {}
-        order = {node: i for i, node in enumerate(gm.graph.nodes)}
-        self.before = min(markers, key=order.__getitem__)
+        self.values: dict[Hashable, fx.Node] = {}
         values = [node.meta.get("val") for node in gm.graph.nodes]
         self.fake = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
         # Sizes that a trace uses must be bound by its inputs: Dynamo's symbolic sizes, and a latent of this chain.
         sizes = [n for n in gm.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.SymInt)]
-        shape = markers[-1].meta["val"].shape
-        latents = gm.graph.find_nodes(op="call_function", target=torch.ops.lbi.boundary.default)
-        self.binders = [*sizes, *[n for n in latents if same_shape(n.meta["val"].shape, shape)][:1]]
+        self.binders = [*sizes, *([] if latent is None else [latent])]
 
-    def __call__(self, function: Callable[..., Any], inputs: Sequence[fx.Node], *, like: Hashable | None = None) -> Any:
+    def __call__(
+        self,
+        function: Callable[..., Any],
+        inputs: Sequence[fx.Node],
+        *,
+        like: Hashable | None = None,
+        tag: str = BACKWARD,
+        label: Mapping[str, Any] | None = None,
+    ) -> Any:
         """Insert ``function`` of ``inputs``; the node (or list of nodes) of its result.
 
-        Functions that come with an equal ``like`` are known to trace alike and are traced once.
+        Args:
+            function: Of the values of ``inputs``.
+            inputs: Nodes of the joint graph.
+            like: Functions that come with an equal one are known to trace alike and are traced once.
+            tag: AOTAutograd's tag of the nodes: where they run.
+            label: Of the nodes: whose they are.
         """
         bound = [*self.binders, *inputs]
         traced = self.traced[like] if self.knows(like) else self._trace(function, bound)
@@ -60,8 +81,14 @@ class Splicer:
                 elif node.op != "placeholder":
                     copies[node] = graph.node_copy(node, copies.__getitem__)
                 if node.op != "placeholder":
-                    self._mark(copies[node], node)
+                    self._mark(copies[node], node, tag, label)
         raise AssertionError("a traced graph has an output")
+
+    def once(self, function: Callable[[], Tensor], *, like: Hashable) -> fx.Node:
+        """Insert ``function`` of nothing, unless it was inserted with this ``like`` before."""
+        if like not in self.values:
+            self.values[like] = self(function, [])
+        return self.values[like]
 
     def knows(self, like: Hashable | None) -> bool:
         """A function with this ``like`` has been traced."""
@@ -93,9 +120,13 @@ class Splicer:
         setattr(self.gm, f"_lbi_constant_{at}", value)
         return self.gm.graph.get_attr(f"_lbi_constant_{at}")
 
-    def _mark(self, copy: fx.Node, node: fx.Node) -> None:
+    def _mark(self, copy: fx.Node, node: fx.Node, tag: str, label: Mapping[str, Any] | None) -> None:
         copy.meta = dict(node.meta)
+        copy.meta["custom"] = dict(label or {})
         self.inserted += 1
-        if not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
+        size = isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
+        if tag != BACKWARD or not size:
             # The partitioners may then neither move it forward nor save it in place of its inputs.
-            copy.meta["partitioner_tag"] = "must_be_in_backward"
+            copy.meta["partitioner_tag"] = tag
+        else:
+            copy.meta.pop("partitioner_tag", None)
