@@ -11,6 +11,7 @@ if (_checkout / "passes").is_dir() and (_checkout / "kernels").is_dir():
     __path__.append(str(_checkout))
 
 from .bounded import BoundedModule, Region, Taps  # noqa: E402  after __path__
+from .credit import HBLL, SID, TargetError  # noqa: E402
 from .engines import Engine  # noqa: E402
 from .errors import *  # noqa: E402,F403
 from .errors import __all__ as _errors  # noqa: E402
@@ -21,4 +22,18 @@ from .verify import verify  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["BoundedModule", "Engine", "Plan", "Region", "Report", "Taps", "plan", "transform", "verify", *_errors]
+__all__ = [
+    "HBLL",
+    "SID",
+    "BoundedModule",
+    "Engine",
+    "Plan",
+    "Region",
+    "Report",
+    "Taps",
+    "TargetError",
+    "plan",
+    "transform",
+    "verify",
+    *_errors,
+]

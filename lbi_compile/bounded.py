@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from . import engines
-from ._torch import NotTraceable, dispatch_mode_active, exporting, fresh_code, pytree
+from ._torch import NotTraceable, annotated, dispatch_mode_active, exporting, fresh_code, pytree
 from .backend import eager_backend
 from .calls import ShapeCheck, call_signature
 from .capture import Inputs, bind, describe_inputs, signature
+from .credit.base import Credit, LocalCredit, no_local_credit
 from .errors import (
     DoubleBackwardError,
     EngineError,
@@ -29,12 +30,14 @@ from .hooked_run import HookedProgram
 from .interfaces import Interface
 from .interfaces.lanes import LanesInterface
 from .kernels import ops
+from .passes.alike import CHAIN, REGION
 from .passes.insert import OutputName, Program, RegionPieces
 from .passes.scan_backward import ScanRecord
 from .plan import Plan
 from .unbuilt import Unbuilt, not_built
 
 _chains = itertools.count()
+_UNLABELLED = contextlib.nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +52,13 @@ class Options:
     backward: str
     allow_leak: bool
     seed: int
+    credit: Credit | None = None
+    batch_regions: bool = True
 
 
+# What ran last under a local credit rule.
+LOCAL = engines.Engine(engines.AUTOGRAD, "local credit: every region by itself")
+END_TO_END = engines.Engine(engines.AUTOGRAD, "plain forward of a model with local credit, differentiated end to end")
 # Name under which a run keeps the canvas and the other shared sources; no node of a graph has such a name.
 SOURCES = "<sources>"
 
@@ -93,6 +101,8 @@ class Region(nn.Module):
             ``m_{k+1}`` (or ``None``), ``h_k``, and the region's input (the canvas with the latent decoded into it).
         """
         (interface,), k = self._interface, self.k
+        if isinstance(interface, LocalCredit):
+            return interface.run_region(k, canvas, m, values, pieces)
         if isinstance(interface, LanesInterface):
             return self._run_lanes(interface, canvas, m, values, pieces)
         fold, unfold = interface.fold, interface.unfold
@@ -205,6 +215,11 @@ class BoundedModule(nn.Module):
         return interface
 
     @property
+    def credit(self) -> LocalCredit | None:
+        """The local credit rule that teaches the regions; ``None`` for exact credit."""
+        return self.interface if isinstance(self.interface, LocalCredit) else None
+
+    @property
     def boundaries(self) -> int:
         """How many latents cross between regions."""
         return len(self.interface.latents)
@@ -254,6 +269,59 @@ class BoundedModule(nn.Module):
         """
         return self._call(args, kwargs, taps=True)
 
+    def local_loss(self, *args: Any, target: Any, **kwargs: Any) -> Tensor:
+        """The sum of the local objectives of all regions, for ``credit="sid"`` and ``"hbll"``.
+
+        Every region's part has a graph of its own; they meet in the canvas only.
+
+        Args:
+            args: What the model takes, like ``kwargs``.
+            target: As ``torch.nn.functional.cross_entropy`` takes it: classes (`[B]`, or `[B, T]` already shifted, for
+                logits `[B, T, C]`) or probabilities.
+
+        Returns:
+            A scalar; ``backward()`` gives every parameter its gradient.
+
+        Raises:
+            OptionError: The model has exact credit.
+            TargetError: The target does not fit the logits, or is no classification.
+
+        Example:
+            >>> bounded.local_loss(x, target=y).backward()
+        """
+        program, leaves, credit = self._locally("local_loss", args, kwargs)
+        return credit.loss(self, program, leaves, target)
+
+    def forward_path(
+        self, *args: Any, hops: int | None = None, spans: Sequence[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> Any:
+        """What the model returns, by a path of fewer hops, for ``credit="hbll"``.
+
+        Args:
+            args: What the model takes, like ``kwargs``.
+            hops: From 1 to K, which is the whole network.
+            spans: Instead, a tiling of (0, K] by spans of the tree, for example ``[(0, 4), (4, 5), (5, 8)]``.
+
+        Raises:
+            OptionError: There is no such path.
+
+        Example:
+            >>> logits = bounded.forward_path(x, hops=2)
+        """
+        program, leaves, credit = self._locally("forward_path", args, kwargs)
+        return _assemble(program, credit.path(self, program, leaves, hops, spans), (), ())
+
+    def _locally(
+        self, what: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Program, list[Any], LocalCredit]:
+        if self._options.credit is None:
+            raise no_local_credit(what, "exact")
+        inputs = bind(self._form, args, kwargs)
+        program, credit = self._program(inputs), self.credit
+        assert credit is not None
+        self._engine = LOCAL
+        return program, inputs.leaves, credit
+
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, taps: bool) -> Any:
         inputs = bind(self._form, args, kwargs)
         leaves = inputs.leaves
@@ -271,6 +339,9 @@ class BoundedModule(nn.Module):
     def _solve(self, program: Program, leaves: list[Any], taps: bool) -> Any:
         if not torch.is_grad_enabled() or not self._needs_gradient(leaves):
             self._engine = engines.Engine("none", "no gradient was asked for")
+            return self._run(program, leaves, marked=False, taps=taps)
+        if self.credit is not None:
+            self._engine = END_TO_END
             return self._run(program, leaves, marked=False, taps=taps)
         boundaries = self.boundaries
         engine = engines.choose(self._request, boundaries=boundaries)
@@ -296,10 +367,8 @@ class BoundedModule(nn.Module):
             def scanned(module: BoundedModule, leaves: list[Any]) -> Any:
                 return module._run(program, leaves, marked=True, taps=taps)
 
-            self._compiled[key] = (
-                torch.compile(fresh_code(scanned), backend=eager_backend(record), fullgraph=True),
-                record,
-            )
+            backend = eager_backend(record, batched=self._options.batch_regions)
+            self._compiled[key] = torch.compile(fresh_code(scanned), backend=backend, fullgraph=True), record
         compiled, record = self._compiled[key]
         record.error = None
         try:
@@ -316,7 +385,7 @@ class BoundedModule(nn.Module):
                 ) from error
             raise
         self._engine = engines.Engine(
-            engines.SCAN, engine.why, record.jacobians, tuple(sorted(record.unrolled.items()))
+            engines.SCAN, engine.why, record.jacobians, tuple(sorted(record.unrolled.items())), record.batched.groups
         )
         return [_once(leaf) for leaf in flat], tuple(map(_once, hs)), tuple(map(_once, ms))
 
@@ -331,10 +400,12 @@ class BoundedModule(nn.Module):
     ) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
         if isinstance(program, HookedProgram):
             return program.run(self, leaves, marked=marked, taps=taps, canvas=canvas)
+        interface = self.interface
+        if isinstance(interface, LocalCredit):
+            return interface.run(self, program, leaves, taps=taps, canvas=canvas)
         values: dict[str, Any] = dict(zip(program.inputs, leaves, strict=True))
         program.prologue.run(values)
         program.stem.run(values)
-        interface = self.interface
         if canvas is not None:
             values[program.canvas] = canvas
         canvas = total = values[program.canvas]
@@ -342,16 +413,19 @@ class BoundedModule(nn.Module):
         m = interface.initial(interface.fold(canvas))
         summed = self.plan.readout == "sum"
         hs, ms = [], []
-        h = canvas
+        h, compiling = canvas, torch.compiler.is_compiling()
         for region, pieces in zip(self._regions, program.regions, strict=True):
             if marked and m is not None:
                 m = ops.boundary(m, region.k, self._chain)
             ms.append(m)
             values[SOURCES] = [canvas, *(values.get(name) for name in program.shared)]
-            m, h, x = region(canvas, m, values, pieces)
+            # tells the passes of a compiler whose a node of its graph is; run eagerly, nobody reads it
+            with annotated({CHAIN: self._chain, REGION: region.k}) if marked and compiling else _UNLABELLED:
+                m, h, x = region(canvas, m, values, pieces)
+                step = h - x if summed else h
             hs.append(h)
             if summed:
-                total = total + (h - x)
+                total = total + step
         values[program.head_entry] = total if summed else h
         program.head.run(values)
         flat = [values[leaf.name] if isinstance(leaf, OutputName) else leaf for leaf in program.outputs]

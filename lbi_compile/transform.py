@@ -14,6 +14,8 @@ from .analysis import Analysis, analyse, locate
 from .bounded import BoundedModule, Options, Region
 from .calls import ShapeCheck
 from .capture import Capture, Inputs, as_inputs, capture, default_inputs, fresh, raise_if_unfit, undisturbed
+from .credit import Credit, as_credit
+from .credit.build import analyse_local, build_local, no_graph, refuse_exact_options
 from .errors import (
     BatchCouplingError,
     CaptureError,
@@ -45,6 +47,8 @@ def transform(
     readout: str = "auto",
     backward: str = "auto",
     allow_leak: bool = False,
+    credit: str | Credit = "exact",
+    batch_regions: bool = True,
     seed: int = 0,
 ) -> BoundedModule:
     """Cut ``model`` into regions that exchange only small latents, and return it as a trainable module.
@@ -63,6 +67,12 @@ def transform(
         readout: ``"auto"``, ``"last"`` or ``"sum"``.
         backward: ``"auto"``, ``"autograd"``, ``"chain"`` or ``"scan"``. All give the same gradients.
         allow_leak: Accept a latent that lets outputs see later positions. Only to reproduce published results.
+        credit: ``"exact"``; or a rule that teaches every region by a loss of its own, ``"sid"`` or ``"hbll"``, or with
+            options as ``SID(alpha=0.3)``. What crosses is then the rule's: ``interface``, ``cell``, ``readout`` and
+            ``backward`` stay ``"auto"``, and the loss is ``bounded.local_loss(x, target=y)``.
+        batch_regions: In the compiled graphs of the scan engine, run what regions do alike as one operator with a
+            leading axis over regions. Gradients are the same up to rounding; without it the forward is also the same
+            bit for bit as that of the other engines. Costs the memory of a copy of the parameters of alike regions.
         seed: Seed of the interface parameters; the global random state is left alone.
 
     Returns:
@@ -75,7 +85,7 @@ def transform(
         >>> bounded = lbi_compile.transform(model, x, regions=4, r=16)
         >>> criterion(bounded(x), y).backward()
     """
-    options = _options(model, regions, r, interface, cell, readout, backward, allow_leak, seed)
+    options = _options(model, regions, r, interface, cell, readout, backward, allow_leak, seed, credit, batch_regions)
     bounded = BoundedModule(model, options)
     if example_inputs is not None or default_inputs(model) is not None:
         bounded.build(as_inputs(model, example_inputs))
@@ -122,6 +132,8 @@ def _options(
     backward: str,
     allow_leak: bool,
     seed: int,
+    credit: str | Credit = "exact",
+    batch_regions: bool = True,
 ) -> Options:
     if not isinstance(model, nn.Module):
         raise NotAModuleError(
@@ -156,7 +168,11 @@ def _options(
         raise InterfaceError(f"interface={interface!r}", expected=f"auto or one of {', '.join(KINDS)}", do="name one")
     if cell != "auto" and cell not in CELLS:
         raise OptionError(f"cell={cell!r}", expected=f"auto or one of {', '.join(CELLS)}", do="name one")
-    return Options(regions, r, interface, cell, readout, engines.check_request(backward), allow_leak, seed)
+    rule = as_credit(credit)
+    if rule is not None:
+        refuse_exact_options(rule, interface=interface, cell=cell, readout=readout, backward=backward)
+    engine = engines.check_request(backward)
+    return Options(regions, r, interface, cell, readout, engine, allow_leak, seed, rule, bool(batch_regions))
 
 
 def build(bounded: BoundedModule, inputs: Inputs) -> None:
@@ -177,9 +193,11 @@ def _build(bounded: BoundedModule, inputs: Inputs) -> None:
         found, refused = None if is_hooked(options.regions) else captured(bounded, inputs), None
     except CaptureError as error:
         found, refused = None, error
+    if found is None and options.credit is not None:
+        raise no_graph(options.credit, refused)
     if found is None:
         return hooked.build(bounded, inputs, refused)
-    analysis = analyse(model, found, options)
+    analysis = analyse(model, found, options) if options.credit is None else analyse_local(model, found, options)
     program = _insert(bounded, analysis)
     interface = _interface(bounded, analysis, program)
     check = _check(analysis, interface)
@@ -189,6 +207,8 @@ def _build(bounded: BoundedModule, inputs: Inputs) -> None:
     bounded._plan, bounded._regions = analysis.plan, regions
     bounded._modules["lbi"] = interface
     try:
+        if bounded.credit is not None:
+            bounded.credit.prepare(bounded, program)
         _measure_leak(bounded, analysis, program)
     except BaseException:
         bounded._plan, bounded._regions, bounded._modules["lbi"] = before
@@ -209,6 +229,8 @@ def build_program(bounded: BoundedModule, inputs: Inputs) -> tuple[Program, Shap
         check = _check(analysis, bounded.interface)
         check.raise_if_coupled(bounded.backward)
         program = _insert(bounded, analysis)
+        if bounded.credit is not None:
+            bounded.credit.prepare(bounded, program)
         if bounded.plan.causal is None:
             # the interface was settled on outputs without positions; with these inputs they may have some
             _measure_leak(bounded, analysis, program)
@@ -289,6 +311,8 @@ class _Constants:
 def _interface(bounded: BoundedModule, analysis: Analysis, program: Program) -> Interface:
     made, options = analysis.plan, bounded._options
     leaves = analysis.capture.inputs.leaves
+    if options.credit is not None:
+        return build_local(bounded.source, analysis, program, options)
     with torch.no_grad(), torch.random.fork_rng():
         values: dict[str, Any] = dict(zip(program.inputs, leaves, strict=True))
         program.prologue.run(values)

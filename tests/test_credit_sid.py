@@ -1,0 +1,500 @@
+"""SID: closed forms of its objective, the two schedules, targets as cross_entropy takes them, and language models."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from lbi_compile import SID, DoubleBackwardError, InterfaceError, OptionError, transform
+from lbi_compile.capture import Inputs
+from lbi_compile.credit.check import Saved, crossings, local_checks, nodes_behind, region_calls
+from lbi_compile.credit.losses import forward_divergence, reverse_divergence
+from lbi_compile.credit.targets import Targets
+from tests.credit_models import (
+    CLASSES,
+    both_schedules,
+    bound,
+    gpt2,
+    gradients,
+    largest_difference,
+    other_schedule,
+    parameters_behind,
+    problem,
+    recurrent,
+)
+
+
+def one_hot(y):
+    return F.one_hot(y, CLASSES).double()
+
+
+# -- closed forms
+
+
+@pytest.mark.parametrize(
+    ("schedule", "alpha"), [("parallel", 0.5), ("parallel", (0.9, 0.5, 0.3, 0.2)), ("sequential", 0.3)]
+)
+def test_logit_gradient_of_every_module(schedule, alpha, monkeypatch):
+    bounded, x, y = bound(SID(alpha=alpha, schedule=schedule))
+    seen = {}
+    logits = type(bounded.credit).logits
+
+    def watched(self, k, h, at):
+        out = logits(self, k, h, at)
+        if out.requires_grad:
+            out.retain_grad()
+            seen[k] = out
+        return out
+
+    monkeypatch.setattr(type(bounded.credit), "logits", watched)
+    bounded.local_loss(x, target=y).backward()
+    alphas = alpha if isinstance(alpha, tuple) else (alpha,) * 4
+    before = torch.full((len(y), CLASSES), 1 / CLASSES, dtype=torch.float64)
+    assert sorted(seen) == [0, 1, 2, 3]
+    for k in range(4):
+        p = seen[k].softmax(-1).detach()
+        expected = p - (alphas[k] * one_hot(y) + (1 - alphas[k]) * before)
+        assert float((seen[k].grad * len(y) - expected).abs().max()) < 1e-12
+        before = p
+
+
+def fitted(divergence, prior, targets, alpha):
+    """Logits that minimise the row losses, by Newton steps."""
+    z = torch.zeros_like(prior)
+    for _ in range(30):
+        jacobian = torch.autograd.functional.hessian(lambda v: divergence(v, prior, targets, alpha).sum(), z).squeeze()
+        slope = torch.autograd.functional.jacobian(lambda v: divergence(v, prior, targets, alpha).sum(), z)
+        z = z - slope @ torch.linalg.pinv(jacobian)
+    return z.softmax(-1)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.2])
+def test_cascade_converges_at_the_closed_rate(alpha):
+    y = torch.tensor([2])
+    ones = torch.ones(1, dtype=torch.float64)
+    targets = Targets(y, None, ones, ones.sum(), 0.0)
+    p = torch.full((1, CLASSES), 1 / CLASSES, dtype=torch.float64)
+    start = float(1 - p[0, 2])
+    for i in range(1, 5):
+        p = fitted(forward_divergence, p, targets, alpha)
+        assert abs(float(1 - p[0, 2]) - start * (1 - alpha) ** i) < 1e-10
+
+
+def test_minimiser_of_the_reverse_divergence():
+    y, q = torch.tensor([[0.7, 0.1, 0.1, 0.1]]).double(), torch.tensor([[0.1, 0.2, 0.3, 0.4]]).double()
+    ones = torch.ones(1, dtype=torch.float64)
+    p = fitted(reverse_divergence, q.log(), Targets(None, y, ones, ones.sum(), 0.0), 0.3)
+    expected = y**0.3 * q**0.7
+    torch.testing.assert_close(p, expected / expected.sum())
+
+
+@pytest.mark.parametrize("prior", [True, False])
+@pytest.mark.parametrize("dense", [True, False])
+def test_divergences_by_definition(prior, dense):
+    torch.manual_seed(1)
+    logits, q = torch.randn(3, 5).double(), torch.randn(3, 5).double().softmax(-1)
+    index, ones = torch.tensor([0, 3, 1]), torch.ones(3, dtype=torch.float64)
+    smooth = Targets(index, None, ones, ones.sum(), 0.2)
+    y = smooth.distribution(5)
+    targets = Targets(None, y, ones, ones.sum(), 0.0) if dense else smooth
+    p, given, q = logits.softmax(-1), q if prior else None, q if prior else torch.full_like(q, 1 / 5)
+
+    def kl(a, b):
+        return (a * (a / b).log()).sum(-1)
+
+    got = forward_divergence(logits, given, targets, 0.3)
+    torch.testing.assert_close(got, 0.3 * kl(y, p) + 0.7 * kl(q, p))
+    got = reverse_divergence(logits, None if given is None else given.log(), targets, 0.3)
+    torch.testing.assert_close(got, 0.3 * kl(p, y) + 0.7 * kl(p, q))
+
+
+# -- independence of the regions
+
+
+def test_no_gradient_crosses_a_boundary_but_through_the_canvas():
+    bounded, x, y = bound("sid")
+    with region_calls(bounded) as calls:
+        loss = bounded.local_loss(x, target=y)
+    assert [k for k, *_ in calls] == [0, 1, 2, 3]
+    assert crossings(calls) == []
+    for k, canvas, _, _, _, h in calls:
+        entry = {f"lbi.tables.{k - 1}"} if k else set()
+        own = {name for name, _ in bounded.named_parameters() if name.startswith(f"blocks.{k}.")}
+        assert parameters_behind(h, bounded, stop=canvas) == own | entry
+        assert canvas.grad_fn in nodes_behind(loss)
+    # the same walk on the plain forward, which is differentiated end to end, does find every region before
+    with region_calls(bounded) as calls:
+        bounded(x)
+    assert (3, 0) in crossings(calls)
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+def test_checks(schedule):
+    bounded, x, _ = bound(SID(schedule=schedule))
+    checks = {check.name: check for check in local_checks(bounded, Inputs((), {"x": x}))}
+    assert checks["local gradients"].ok
+    assert checks["local gradients"].detail.startswith("4 regions")
+    assert checks["no target in the forward"].ok
+    assert checks["dependency depth"].detail.startswith("4 of 4 steps")
+
+
+def test_regions_learn_as_they_would_alone():
+    bounded, x, y = bound(SID(alpha=0.4))
+    with region_calls(bounded) as calls:
+        together = gradients(bounded, lambda: bounded.local_loss(x, target=y))
+    credit = bounded.credit
+    canvas_gradient = 0.0
+    for k, canvas, m, values, pieces, _ in calls:
+        prior = torch.full((len(y), CLASSES), 1 / CLASSES, dtype=torch.float64) if m is None else m
+        bounded.zero_grad()
+        alone = canvas.detach().requires_grad_()
+        values = {name: alone if value is canvas else value for name, value in values.items()}
+        _, h, _ = bounded.regions[k](alone, m, values, pieces)
+        head = credit.heads[k] if k < 3 else None
+        norm = [bounded.norm.weight, bounded.norm.bias] if head is None else [head.norm_weight, head.norm_bias]
+        line = [bounded.head.weight, bounded.head.bias] if head is None else [head.head_weight, head.head_bias]
+        logits = F.linear(F.layer_norm(h, (8,), *norm), *line)
+        F.cross_entropy(logits, 0.4 * one_hot(y) + 0.6 * prior).backward()
+        canvas_gradient = canvas_gradient + alone.grad
+        own = [name for name, p in bounded.named_parameters() if p.grad is not None]
+        assert f"blocks.{k}.norm.weight" in own
+        for name in own:
+            assert float((bounded.get_parameter(name).grad - together[name]).abs().max()) < 1e-12
+    # what the stem gets is the sum of what the regions hand to the canvas
+    torch.testing.assert_close(canvas_gradient.T @ x, together["stem.weight"], rtol=0, atol=1e-12)
+
+
+def test_beliefs_do_not_depend_on_targets():
+    bounded, x, y = bound("sid")
+    found = []
+    for target in (y, y.flip(0)):
+        with region_calls(bounded) as calls:
+            bounded.local_loss(x, target=target)
+        found.append([m for _, _, m, *_ in calls] + [bounded(x)])
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+    with torch.no_grad():
+        _, taps = bounded.forward_regions(x)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(taps.m, found[0], strict=False))
+
+
+# -- schedules
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kl": "reverse", "label_smoothing": 0.1}, {"readout": "shared"}, {"belief": "none"}]
+)
+def test_schedules_give_equal_gradients(options):
+    bounded, x, y = bound(SID(**options), dropout=0.2)
+    x = x.clone().requires_grad_()
+    inputs = []
+
+    def make():
+        inputs.append(x.grad)
+        x.grad = None
+        return bounded.local_loss(x, target=y)
+
+    parallel, sequential = both_schedules(bounded, make)
+    assert len(parallel) > 20
+    assert largest_difference(parallel, sequential) < 1e-12
+    assert float((inputs[1] - x.grad).abs().max()) < 1e-12
+
+
+def test_sequential_scales_hooks_and_repeats():
+    bounded, x, y = bound(SID(schedule="sequential"))
+    plain = gradients(bounded, lambda: bounded.local_loss(x, target=y))
+    scaled = gradients(bounded, lambda: bounded.local_loss(x, target=y), scale=1024.0)
+    assert largest_difference({name: 1024 * g for name, g in plain.items()}, scaled) < 1e-9
+    fired = []
+    handles = [p.register_hook(lambda g, name=name: fired.append(name)) for name, p in bounded.named_parameters()]
+    bounded.zero_grad()
+    loss = bounded.local_loss(x, target=y)
+    loss.backward(retain_graph=True)
+    assert sorted(fired) == sorted(plain)
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    twice = {name: p.grad for name, p in bounded.named_parameters()}
+    assert largest_difference({name: 2 * g for name, g in plain.items()}, twice) < 1e-12
+
+
+def test_data_parallel():
+    bounded, x, y = bound(SID(schedule="sequential"), fresh=True)
+    plain = gradients(bounded, lambda: bounded.local_loss(x, target=y))
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bounded = bounded
+
+        def forward(self, x, y):
+            return self.bounded.local_loss(x, target=y)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        bounded.zero_grad()
+        nn.parallel.DistributedDataParallel(Loss())(x, y).backward()
+    finally:
+        dist.destroy_process_group()
+    assert largest_difference(plain, {name: p.grad for name, p in bounded.named_parameters()}) < 1e-12
+
+
+def test_sequential_refuses_what_would_be_wrong():
+    bounded, x, y = bound(SID(schedule="sequential"), fresh=True)
+    loss = bounded.local_loss(x, target=y)
+    with torch.no_grad():
+        bounded.get_parameter("blocks.1.norm.weight").add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    loss = bounded.local_loss(x, target=y)
+    with pytest.raises(DoubleBackwardError):
+        torch.autograd.grad(loss, bounded.get_parameter("head.weight"), create_graph=True)
+
+
+def test_sequential_updates_statistics_once():
+    bounded, x, y = bound("sid", norm=True)
+    before = {name: buffer.clone() for name, buffer in bounded.named_buffers()}
+    found = []
+    for context in (contextlib.nullcontext(), other_schedule(bounded)):
+        with torch.no_grad():
+            for name, buffer in bounded.named_buffers():
+                buffer.copy_(before[name])
+        with context:
+            gradient = gradients(bounded, lambda: bounded.local_loss(x, target=y))
+        found.append(gradient | {name: buffer.clone() for name, buffer in bounded.named_buffers()})
+    assert int(found[1]["blocks.0.norm.num_batches_tracked"]) == 1
+    assert largest_difference(*found) < 1e-12
+
+
+def test_schedules_under_autocast():
+    bounded, x, y = bound("sid", fresh=True)
+    bounded.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        # also the backward: casts that the first phase made without a graph must not be found here
+        found = both_schedules(bounded, lambda: bounded.local_loss(x.float(), target=y))
+    assert all(g is not None for g in found[0].values())
+    largest = max(float(g.abs().max()) for name, g in found[0].items() if name != "loss")
+    assert largest_difference(*found) < 2**-7 * largest  # sums of bfloat16 in another order
+
+
+def test_memory_of_the_sequential_schedule_is_flat_in_depth():
+    peaks = {}
+    for depth in (3, 6):
+        bounded, x, y = bound("sid", depth=depth, batch=64)
+        for name, context in (("parallel", contextlib.nullcontext()), ("sequential", other_schedule(bounded))):
+            with context, Saved(bounded.parameters()) as saved:
+                bounded.local_loss(x, target=y).backward()
+            assert saved.now == 0
+            peaks[name, depth] = saved.peak
+    assert peaks["sequential", 6] == peaks["sequential", 3] > 0
+    assert peaks["parallel", 6] > 1.9 * peaks["parallel", 3] > 3.8 * peaks["sequential", 3]
+
+
+# -- targets
+
+
+def test_one_region_with_alpha_one_is_the_model_under_cross_entropy():
+    bounded, x, y = bound(SID(alpha=1.0), regions=1)
+    got = gradients(bounded, lambda: bounded.local_loss(x, target=y))
+    assert largest_difference(got, gradients(bounded, lambda: F.cross_entropy(bounded(x), y))) < 1e-12
+
+
+def test_rows_that_are_ignored_change_nothing():
+    bounded, x, y = bound("sid")
+    few = gradients(bounded, lambda: bounded.local_loss(x[:4], target=y[:4]))
+    target = torch.cat([y[:4], torch.tensor([-100, -100])])
+    assert largest_difference(few, gradients(bounded, lambda: bounded.local_loss(x, target=target))) < 1e-12
+
+
+# -- options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha": 0.0}, {"alpha": 1.5}, {"alpha": ()}, {"kl": "both"}, {"kl": "reverse"}, {"readout": "last"},
+     {"refresh": 0}, {"refresh": 2, "readout": "private"}, {"schedule": "scan"}, {"belief": "token"}],
+)  # fmt: skip
+def test_options_that_do_not_exist(options):
+    with pytest.raises(OptionError):
+        SID(**options)
+
+
+def test_refusals():
+    model, x, y = problem()
+    for options in ({"interface": "token"}, {"backward": "scan"}, {"readout": "sum"}, {"cell": "gru"}):
+        with pytest.raises(OptionError, match="with credit='sid'"):
+            transform(model, x, regions=2, credit="sid", **options)
+    with pytest.raises(OptionError, match="exact"):
+        transform(model, x, regions=2, credit="backprop")
+    with pytest.raises(OptionError, match="one for each region"):
+        transform(model, x, regions=2, credit=SID(alpha=(0.5, 0.4, 0.3)))
+    with pytest.raises(OptionError, match="credit='exact'"):
+        transform(model, x, regions=2).local_loss(x, target=y)
+    with pytest.raises(OptionError, match="hbll"):
+        transform(model, x, regions=2, credit="sid").forward_path(x, hops=1)
+
+
+class Skips(nn.Module):
+    """A net with a long skip: two values cross its middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        for layer in self.layers[:3]:
+            x = layer(x).relu()
+        h = x
+        for layer in self.layers[3:]:
+            h = layer(h).relu() * x
+        return self.head(h)
+
+
+@pytest.mark.parametrize("credit", ["sid", "hbll"])
+def test_boundaries_of_several_lanes_are_refused(credit):
+    with pytest.raises(InterfaceError, match="one value at every boundary"):
+        transform(Skips(), torch.randn(4, 6), regions=["layers.4", "layers.5"], credit=credit)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"readout": "shared"}, {"readout": "private"}, {"belief": "embedding"}, {"alpha": 1.0}]
+)
+def test_every_parameter_gets_a_gradient(options):
+    bounded, x, y = bound(SID(**options))
+    found = gradients(bounded, lambda: bounded.local_loss(x, target=y))
+    assert [name for name, g in found.items() if g is None or not g.any()] == []
+
+
+def test_plain_forward_is_the_last_module():
+    bounded, x, _ = bound("sid")
+    out, taps = bounded.forward_regions(x)
+    assert torch.equal(out, bounded(x))
+    torch.testing.assert_close(out, bounded.head(bounded.norm(taps.h[-1])))
+    assert taps.m[0] is None
+    assert [m.shape for m in taps.m[1:]] == [(6, CLASSES)] * 3
+    torch.testing.assert_close(taps.m[2].sum(-1), torch.ones(6, dtype=torch.float64))
+
+
+def test_descent_is_measured():
+    bounded, x, y = bound(SID(check=True, alpha=0.5), fresh=True)
+    optimizer = torch.optim.Adam(bounded.parameters(), lr=1e-2)
+    for _ in range(30):
+        loss = bounded.local_loss(x, target=y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    share, batches = bounded.credit.descent
+    assert batches == 30
+    assert len(share) == 4
+    assert share[0] > 0.8
+    # by the formula, on one more batch
+    bounded.credit.reset_descent()
+    with region_calls(bounded) as calls:
+        bounded.local_loss(x, target=y)
+    beliefs = [*[m for _, _, m, *_ in calls][1:], bounded(x).softmax(-1)]
+    before, held = torch.full_like(beliefs[0], 1 / CLASSES), []
+    for p in beliefs:
+        d, d_before = (-q.gather(1, y[:, None]).log().mean() for q in (p, before))
+        delta = (before * (before / p).log()).sum(-1).mean()
+        held.append(float(d <= d_before - delta))
+        before = p
+    assert bounded.credit.descent == (tuple(held), 1)
+
+
+def test_refresh_of_a_shared_readout():
+    bounded, x, y = bound(SID(readout="shared", refresh=2), fresh=True)
+    first = bounded.head.weight.detach().clone()
+    copies = []
+    for _ in range(4):
+        bounded.local_loss(x, target=y).backward()
+        copies.append(bounded.credit.heads[0].head_weight.clone())
+        with torch.no_grad():
+            bounded.head.weight.add_(1.0)
+    assert [float((copy - first).mean().round()) for copy in copies] == [0.0, 0.0, 2.0, 2.0]
+    with region_calls(bounded) as calls:
+        bounded.local_loss(x, target=y)
+    assert "lbi.heads.0.head_weight" not in dict(bounded.named_parameters())
+    assert len(calls) == 4
+
+
+def test_state_and_copies():
+    bounded, x, y = bound("sid")
+    twin = copy.deepcopy(bounded)
+    assert torch.equal(bounded(x), twin(x))
+    a = gradients(bounded, lambda: bounded.local_loss(x, target=y))
+    assert largest_difference(a, gradients(twin, lambda: twin.local_loss(x, target=y))) == 0
+    other, _, _ = bound("sid", fresh=True)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1.0)
+    other.load_state_dict(bounded.state_dict())
+    assert torch.equal(bounded(x), other(x))
+    assert "credit" in str(bounded.plan.why)
+
+
+# -- other models
+
+
+def test_language_model_with_expected_embedding_and_shared_head():
+    model = gpt2(300)
+    tokens = torch.randint(0, 300, (2, 9))
+    x, y = {"input_ids": tokens[:, :-1]}, tokens[:, 1:].clone()
+    bounded = transform(model, x, regions=3, credit=SID(alpha=0.25))
+    credit = bounded.credit
+    assert model.get_parameter(credit.embedding) is model.transformer.wte.weight
+    assert (credit.readout, credit.belief, len(credit.heads), len(credit.tables)) == ("shared", "embedding", 0, 0)
+
+    # the loss by hand
+    logits, taps = bounded.forward_regions(**x)
+    before, expected = torch.full((2, 8, 300), 1 / 300, dtype=torch.float64), 0.0
+    for h in taps.h:
+        p = model.lm_head(model.transformer.ln_f(h)).softmax(-1)
+        target = 0.25 * F.one_hot(y, 300) + 0.75 * before
+        entropy = 0.75 * (before * before.log()).sum(-1).mean()
+        expected = expected - (target * p.log()).sum(-1).mean() + entropy
+        before = p
+    torch.testing.assert_close(bounded.local_loss(**x, target=y), expected)
+
+    # no position sees a later one, by way of a belief either
+    changed = tokens[:, :-1].clone()
+    changed[:, 5:] = 0
+    torch.testing.assert_close(bounded(input_ids=changed).logits[:, :5], logits.logits[:, :5])
+
+    y[0, :3] = -100
+    assert largest_difference(*both_schedules(bounded, lambda: bounded.local_loss(**x, target=y))) < 1e-12
+    optimizer = torch.optim.Adam(bounded.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = bounded.local_loss(**x, target=y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 1
+
+
+def test_recurrent_net():
+    model, x, y = recurrent()
+    bounded = transform(model, x, regions=4, credit="sid")
+    assert len(bounded.regions) == 4
+    with region_calls(bounded) as calls:
+        found = gradients(bounded, lambda: bounded.local_loss(x, target=y))
+    assert crossings(calls) == []
+    assert [name for name, g in found.items() if g is None] == []
+    assert bounded(x).shape == (5, CLASSES)
+
+
+def test_same_cut_as_exact_credit():
+    model, x, y = problem(8)
+    exact = transform(model, x, regions=3, r=4)
+    bounded = transform(model, x, regions=exact.plan, credit="sid")
+    assert (
+        bounded.plan.boundaries == exact.plan.boundaries == transform(model, x, regions=3, credit="sid").plan.boundaries
+    )
+    assert bounded.local_loss(x, target=y).isfinite()
