@@ -20,6 +20,7 @@ import torch
 
 from . import demo, engines, sources
 from .analysis import locate
+from .bench import arguments as bench_arguments
 from .capture import as_inputs, capture
 from .errors import LBIError, PlanError
 from .plan import Plan
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["inspect", "hf:gpt2", "--set", "n_layer=4", "--regions", "2"])  # doctest: +SKIP
     """
     options = _parser().parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with _quiet_interrupt():
             return options.run(options)
@@ -120,6 +122,12 @@ def _demo(options: argparse.Namespace) -> int:
     if options.json:
         _print_record(result)
     return OK if result.ok else NOT_OK
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench import command  # what it measures with takes a while to import
+
+    return OK if command.run(options, options.arguments) else NOT_OK
 
 
 def _load(options: argparse.Namespace) -> sources.Loaded:
@@ -204,6 +212,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_backward(command, "scan")
     _add_training(command)
     _add_common(command)
+    command = commands.add_parser(
+        "bench",
+        help="measure speed and memory against named baselines",
+        description="Measure speed and memory against named baselines, in one process and turn by turn.",
+    )
+    command.set_defaults(run=_bench)
+    bench_arguments.add(command, positive=_positive, override=_override)
     return parser
 
 
