@@ -11,7 +11,7 @@ if (_checkout / "passes").is_dir() and (_checkout / "kernels").is_dir():
     __path__.append(str(_checkout))
 
 from .bounded import BoundedModule, Region, Taps  # noqa: E402  after __path__
-from .credit import HBLL, SID, TargetError  # noqa: E402
+from .credit import HBLL, SID  # noqa: E402
 from .engines import Engine  # noqa: E402
 from .errors import *  # noqa: E402,F403
 from .errors import __all__ as _errors  # noqa: E402
@@ -31,7 +31,6 @@ __all__ = [
     "Region",
     "Report",
     "Taps",
-    "TargetError",
     "plan",
     "transform",
     "verify",

@@ -57,6 +57,7 @@ __all__ = [
     "NotTraceable",
     "announce_backend",
     "aot_autograd",
+    "applied_functions",
     "associative_scan",
     "below_autograd",
     "boxed",
@@ -226,6 +227,31 @@ def no_new_guards(fake_mode: Any) -> Iterator[None]:
             del shapes._check_frozen
     finally:
         log.removeFilter(_is_not_a_refused_guard)
+
+
+# Functions whose backward is the derivative of what an exporter traces: recomputation, and registered operators.
+_EXACT_FUNCTIONS = ("torch.autograd.", "torch.nn.", "torch.utils.checkpoint", "torch._library.")
+
+
+@contextlib.contextmanager
+def applied_functions() -> Iterator[set[type]]:
+    """Collects the class of every ``autograd.Function`` that is applied inside, but some of torch's own.
+
+    An exporter traces their forward and never sees the backward that they were written for.
+    """
+    found: set[type] = set()
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith(_EXACT_FUNCTIONS):
+            found.add(cls)
+        return original.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield found
+    finally:
+        torch.autograd.Function.apply = original  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextlib.contextmanager

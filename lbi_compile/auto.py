@@ -28,8 +28,10 @@ from .plan import Plan
 
 # The model is good to about this factor; an engine that it puts further behind is not tried.
 SLACK = 2.0
-# One that has to be compiled first, for many seconds, is tried only where it may well win.
-COMPILED_SLACK = 1.25
+# One that has to be compiled first, for many seconds, is tried only where it is put this far ahead of the others.
+COMPILED_SLACK = 0.7
+# Share of an operator's cost that batching over regions leaves: its operands are put together, its results taken apart.
+TAKEN_APART = 0.5
 # Timed steps per engine, after one that is not counted, in which compilers run and caches fill.
 ROUNDS = 3
 # Calls in a row that nobody differentiated, after which the cost model decides.
@@ -68,7 +70,7 @@ class Rates(NamedTuple):
 # One thread of a busy server, fitted to steps of the bench's cases; an H100-class GPU, where the first four are
 # estimates of what the host takes to launch.
 RATES = {
-    "cpu": Rates(forward=1e-5, backward=1.4e-5, graph=1.1e-5, marker=2e-5, scan=1e-5, flops=4e10),
+    "cpu": Rates(forward=1e-5, backward=1.4e-5, graph=1.4e-5, marker=2e-5, scan=1e-5, flops=4e10),
     "cuda": Rates(forward=9e-6, backward=1.2e-5, graph=8e-6, marker=2.5e-5, scan=1e-7, flops=2e13),
 }
 
@@ -138,9 +140,9 @@ def predict(facts: Facts) -> dict[str, float]:
     """Seconds of forward and backward under each engine.
 
     With n operators, F FLOPs, of which n' and F' lie between latents, L latents and K regions: autograd takes
-    `n (o_f + o_b) + 3 F / f`; the chain adds `L o_m`; the scan takes `n (1 / p + 1 / q) o_g + 3 F / f` for forward and
-    parameters and `2 n' o_g / q + 2 r F' / f + (L - 1) o_s` for Jacobians and scan, where p and q are K where forward
-    and backward of equal regions are batched, else 1. A product's two cotangents cost twice its forward.
+    `n (o_f + o_b) + 3 F / f`; the chain adds `L o_m`; the scan takes `n (p + q) o_g + 3 F / f` for forward and
+    parameters and `2 n' q o_g + 2 r F' / f + (L - 1) o_s` for Jacobians and scan, where p and q are `1 / K + 1 / 2`
+    where forward and backward of equal regions are batched, else 1. A product's two cotangents cost twice its forward.
 
     Args:
         facts: Of the model and the call.
@@ -153,10 +155,10 @@ def predict(facts: Facts) -> dict[str, float]:
     rate = RATES.get(facts.device, RATES["cpu"])
     work = 3 * facts.flops / rate.flops
     plain = facts.nodes * (rate.forward + rate.backward) + work
-    side_by_side = facts.regions if facts.batched else 1
-    forwards = facts.regions if facts.batched and facts.parallel else 1
-    launches = facts.nodes * (1 / forwards + 1 / side_by_side) * rate.graph
-    jacobians = 2 * facts.slice_nodes * rate.graph / side_by_side + 2 * facts.r * facts.slice_flops / rate.flops
+    side_by_side = 1 / facts.regions + TAKEN_APART if facts.batched else 1.0
+    forwards = side_by_side if facts.parallel else 1.0
+    launches = facts.nodes * (forwards + side_by_side) * rate.graph
+    jacobians = 2 * facts.slice_nodes * rate.graph * side_by_side + 2 * facts.r * facts.slice_flops / rate.flops
     steps = max(facts.latents - 1, 0) * rate.scan
     return {
         AUTOGRAD: plain,
@@ -173,13 +175,13 @@ def narrow(cost: Mapping[str, float], *, compiled: Sequence[str] = (SCAN,)) -> t
         compiled: Engines that have to be compiled first.
 
     Example:
-        >>> narrow({"chain": 1.0, "scan": 1.2}), narrow({"chain": 1.0, "scan": 1.6})
-        (('chain', 'scan'), ('chain',))
+        >>> narrow({"chain": 1.0, "scan": 0.6}), narrow({"chain": 1.0, "scan": 0.9})
+        (('scan', 'chain'), ('chain',))
     """
     cost = dict(cost)
     if AUTOGRAD in cost:
         cost.pop(CHAIN, None)  # the same work and markers on top: no measurement can favour it
-    least = min(cost.values())
+    least = min((value for name, value in cost.items() if name not in compiled), default=math.inf)
     slack = {name: COMPILED_SLACK if name in compiled else SLACK for name in cost}
     return tuple(sorted((name for name in cost if cost[name] <= slack[name] * least), key=lambda name: cost[name]))
 
@@ -210,7 +212,7 @@ class Race:
         decision: The outcome; ``None`` while the race is on.
 
     Example:
-        >>> race = Race({"chain": 1.0, "scan": 1.1})
+        >>> race = Race({"chain": 1.0, "scan": 0.6})
         >>> while race.decision is None:
         ...     name = race.turn()
         ...     race.record(name, 2.0 if name == "chain" else 1.0)

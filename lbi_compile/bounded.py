@@ -34,6 +34,7 @@ from .passes.alike import CHAIN, REGION
 from .passes.insert import OutputName, Program, RegionPieces
 from .passes.scan_backward import ScanRecord
 from .plan import Plan
+from .racing import Racer
 from .unbuilt import Unbuilt, not_built
 
 _chains = itertools.count()
@@ -180,6 +181,7 @@ class BoundedModule(nn.Module):
         self._checks: dict[Any, Any] = {}
         self._known: dict[Any, Any] = {}
         self._compiled: dict[Any, Any] = {}
+        self._racer = Racer()
 
     # -- what users look at
 
@@ -228,6 +230,11 @@ class BoundedModule(nn.Module):
     def programs(self) -> tuple[Program, ...]:
         """The captured programs, one per mode and kind of input; ``str(program)`` prints the code."""
         return tuple(self._programs.values())
+
+    @property
+    def batches_regions(self) -> bool:
+        """Whether compiled graphs run what regions do alike as one operator."""
+        return self._options.batch_regions
 
     @property
     def backward(self) -> str:
@@ -345,11 +352,34 @@ class BoundedModule(nn.Module):
             return self._run(program, leaves, marked=False, taps=taps)
         boundaries = self.boundaries
         engine = engines.choose(self._request, boundaries=boundaries)
+        if engine.name == engines.AUTO and is_hooked(self._plan):
+            engine = engines.Engine(engines.CHAIN, "auto: regions that are modules and no graphs run as a chain")
+        if engine.name == engines.AUTO:
+            return self._race(program, leaves, taps)
         if engine.name == engines.SCAN and boundaries >= 2:
             self._checks_of(program).raise_if_coupled(engines.SCAN)
             return self._scan(program, leaves, taps, engine)
         out = self._run(program, leaves, marked=engine.name == engines.CHAIN, taps=taps)
         self._engine = engine
+        return out
+
+    def _race(self, program: Program, leaves: list[Any], taps: bool) -> Any:
+        """Run the engine that ``auto`` takes, or whose turn it is while engines are being timed."""
+        # under a dispatch mode nothing is compiled, so the scan cannot run
+        coupled = self._checks_of(program).coupled is not None or dispatch_mode_active()
+        turn = self._racer.turn(self, leaves, coupled=coupled)
+        try:
+            if turn.name == engines.SCAN:
+                out = self._scan(program, leaves, taps, turn.engine)
+            else:
+                out = self._run(program, leaves, marked=turn.name == engines.CHAIN, taps=taps)
+                self._engine = turn.engine
+        except EngineError as error:
+            if turn.name != engines.SCAN or not turn.refused(error.found):
+                raise
+            return self._race(program, leaves, taps)
+        flat, hs, ms = out
+        turn.forward_ended([*flat, *hs, *ms], [*self.parameters(), *leaves])
         return out
 
     def _scan(self, program: Program, leaves: list[Any], taps: bool, engine: engines.Engine) -> Any:
@@ -513,7 +543,7 @@ class BoundedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for derived in ("_programs", "_checks", "_known", "_compiled", "_chain", "_seen"):
+        for derived in ("_programs", "_checks", "_known", "_compiled", "_racer", "_chain", "_seen"):
             state.pop(derived)
         return state
 

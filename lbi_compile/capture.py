@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
-from ._torch import GuardOnDataDependentSymNode, pytree, silent_export, unset_fake_temporarily
+from ._torch import GuardOnDataDependentSymNode, applied_functions, pytree, silent_export, unset_fake_temporarily
 from .errors import CaptureError, DataDependentControlFlowError, ExampleInputsError, NotAModuleError
 from .passes.casts import untangle_casts
 
@@ -162,7 +162,8 @@ def capture(model: nn.Module, inputs: Inputs, *, ladder: tuple[tuple[str, ...], 
         NotAModuleError: ``model`` is no module.
         DataDependentControlFlowError: The forward branches on the value of a tensor; the line is named.
         ExampleInputsError: The model itself fails on these inputs.
-        CaptureError: ``torch.export`` fails for another reason.
+        CaptureError: ``torch.export`` fails for another reason, or would lose the backward of an
+            ``autograd.Function``.
 
     Example:
         >>> found = capture(model, as_inputs(model, (x,)))
@@ -186,7 +187,7 @@ def capture(model: nn.Module, inputs: Inputs, *, ladder: tuple[tuple[str, ...], 
         tried.append(shapes)
         name = "+".join(rung) or "static"
         try:
-            with undisturbed(model), unset_fake_temporarily(), silent_export():
+            with undisturbed(model), unset_fake_temporarily(), silent_export(), applied_functions() as functions:
                 numbers = _host_random()
                 given = fresh(inputs, gradients=False)  # layers that set requires_grad need leaves to set it on
                 program = torch.export.export(model, given.args, given.kwargs, dynamic_shapes=shapes, strict=False)
@@ -203,6 +204,15 @@ def capture(model: nn.Module, inputs: Inputs, *, ladder: tuple[tuple[str, ...], 
                 f"{type(model).__name__} draws numbers from Python's or NumPy's random generator in its forward",
                 expected="random numbers of torch: a graph would repeat those of this run for ever",
                 do="draw them with torch, or outside of the model",
+            )
+        if functions:
+            names = ", ".join(sorted(function.__qualname__ for function in functions))
+            raise CaptureError(
+                f"{type(model).__name__} applies {names}, of autograd.Function: the exporter traces its forward and"
+                " loses the backward that it was written for",
+                expected="operators that bring their derivative along",
+                do="make it an operator with torch.library.custom_op and register_autograd; until then the model is cut"
+                " at its child modules, which run as they are",
             )
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from .errors import OptionError
 
-AUTOGRAD, CHAIN, SCAN = "autograd", "chain", "scan"
-REQUESTS = ("auto", AUTOGRAD, CHAIN, SCAN)
+AUTO, AUTOGRAD, CHAIN, SCAN = "auto", "autograd", "chain", "scan"
+REQUESTS = (AUTO, AUTOGRAD, CHAIN, SCAN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +51,20 @@ def check_request(request: str) -> str:
 
 
 def choose(request: str, *, boundaries: int) -> Engine:
-    """Settle which engine runs a model with this many latents between regions.
+    """Settle which engine runs a model with this many latents between regions, as far as it is settled beforehand.
 
-    ``auto`` takes the chain: on one device, as long as regions run one after another, forming Jacobians costs ``r``
-    extra vector-Jacobian products a region and saves no time.
+    ``auto`` is autograd where there is no Jacobian to form, and else a matter of cost: see ``lbi_compile.auto``.
 
     Args:
         request: ``"auto"`` or the name of an engine.
         boundaries: Latents that cross.
     """
-    if request == "auto":
+    if request == AUTO:
         if boundaries == 0:
             return Engine(AUTOGRAD, "auto: nothing crosses between regions")
-        return Engine(CHAIN, "auto: on one device with regions run one by one, the chain is the cheapest exact engine")
+        if boundaries == 1:
+            return Engine(AUTOGRAD, "auto: one latent crosses, so there is no Jacobian and nothing to scan")
+        return Engine(AUTO, "at the first training steps, by the cost model, and by their time where that is close")
     if request == SCAN and boundaries < 2:
         return Engine(SCAN, f"asked for; {boundaries} latent(s) cross, so there is no Jacobian and nothing to scan")
     return Engine(request, "asked for")

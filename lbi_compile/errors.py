@@ -26,6 +26,7 @@ __all__ = [
     "ScanShapeError",
     "ShapeNotCapturedError",
     "StaleCaptureError",
+    "TargetError",
     "TooManyRegionsError",
 ]
 
@@ -129,6 +130,10 @@ class PlanError(LBIError):
 
 class NotBuiltError(LBIError):
     """The bounded model has seen no inputs yet, so its interfaces do not exist."""
+
+
+class TargetError(LBIError):
+    """The targets are no classes or class probabilities that fit the logits."""
 
 
 class ModelSourceError(LBIError):

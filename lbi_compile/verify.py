@@ -14,11 +14,14 @@ from torch import Tensor
 from . import engines, hooked
 from ._torch import pytree
 from .analysis import Analysis, locate
+from .auto import narrow
 from .bounded import BoundedModule
 from .capture import Inputs, as_inputs, undisturbed
+from .credit.check import local_checks
 from .hooked_plan import is_hooked
 from .passes.axes import Verdict
 from .passes.validate import NOT_LATER
+from .racing import costs
 from .report import Check, Report
 from .transform import captured, same_draws
 
@@ -78,7 +81,8 @@ def verify(
         bounded.build(inputs)
     twin = _twin(bounded)
     wide = _as_float64(inputs)
-    request = engines.check_request(engine or bounded.backward)
+    asked = engines.check_request(engine or bounded.backward)
+    request = asked if asked != engines.AUTO else _what_auto_may_take(twin, wide)
     errors, ran, note = _gradient_errors(twin, wide, request)
     worst = sorted(errors.items(), key=lambda item: -item[1])[:5]
     max_error = max(errors.values(), default=float("inf"))
@@ -86,7 +90,7 @@ def verify(
         leak, lanes, rest = hooked.checks(twin, wide)
         checks = (
             Check("gradients", max_error <= tolerance, f"{len(errors)} gradients, worst {max_error:.2e}, {note}"),
-            Check("engine", None if request == "auto" else ran.name == request, str(ran)),
+            Check("engine", ran.name == request, _engine_detail(asked, ran)),
             *rest,
         )
         ok = all(check.ok is not False for check in checks)
@@ -100,13 +104,14 @@ def verify(
     names = (" + ".join(point.name for point in points) for points in twin.plan.crossings)
     lanes = tuple(zip(names, counts, strict=True))
     wanted = [len(points) for points in twin.plan.crossings]
-    norms, products = _jacobian_norms(twin, wide, independent)
+    norms, products = _jacobian_norms(twin, wide, independent) if twin.credit is None else ((), ())
     checks = (
         Check("gradients", max_error <= tolerance, f"{len(errors)} gradients, worst {max_error:.2e}, {note}"),
-        Check("engine", None if request == "auto" else ran.name == request, str(ran)),
+        Check("engine", ran.name == request, _engine_detail(asked, ran)),
         leak_check,
         _coupling_check(coupling, independent, twin, ran.name),
         Check("separators", not leaky, _lanes_detail(counts, wanted, leaky)),
+        *(local_checks(twin, wide) if twin.credit is not None else ()),
     )
     return Report(
         ok=all(check.ok is not False for check in checks),
@@ -122,6 +127,21 @@ def verify(
         checks=checks,
         first_boundary=twin.interface.latents.start if norms else 0,
     )
+
+
+def _what_auto_may_take(twin: BoundedModule, inputs: Inputs) -> str:
+    """The engine to hold against autograd: the scan where ``auto`` may take it, else the chain."""
+    if twin.credit is not None:
+        return engines.AUTOGRAD
+    program = twin._program(inputs)
+    if is_hooked(twin.plan) or twin.boundaries < 2:
+        return engines.CHAIN
+    cost = costs(twin, inputs.leaves, coupled=twin._checks_of(program).coupled is not None)
+    return engines.SCAN if engines.SCAN in narrow(cost) else engines.CHAIN
+
+
+def _engine_detail(asked: str, ran: engines.Engine) -> str:
+    return f"{ran}; stands for auto, which takes it or autograd itself" if asked == engines.AUTO else str(ran)
 
 
 def _twin(bounded: BoundedModule) -> BoundedModule:

@@ -40,17 +40,17 @@ def test_without_batched_regions_the_scan_of_a_pooled_model_is_not_tried():
     assert auto.narrow(auto.predict(POOLED)) == ("autograd",)
 
 
-def test_batched_regions_of_a_deep_narrow_model_favour_the_scan():
-    assert best(dataclasses.replace(POOLED, batched=True)) == "scan"
-    assert best(dataclasses.replace(TOKEN, batched=True)) == "scan"
+def test_batching_regions_makes_the_scan_cheaper_and_brings_it_into_the_race():
+    for facts in (POOLED, TOKEN):
+        assert auto.predict(dataclasses.replace(facts, batched=True))["scan"] < auto.predict(facts)["scan"]
+    assert "scan" not in auto.narrow(auto.predict(TOKEN))
+    assert "scan" in auto.narrow(auto.predict(dataclasses.replace(TOKEN, batched=True)))
 
 
-def test_much_arithmetic_and_wide_latents_favour_autograd():
-    heavy = dataclasses.replace(POOLED, batched=True, flops=1e10, slice_flops=1e10)
-    assert best(heavy) == "autograd"
-    few, many = (dataclasses.replace(POOLED, batched=True, flops=1e8, slice_flops=1e8, r=r) for r in (1, 64))
-    assert best(few) == "scan"
-    assert best(many) == "autograd"
+def test_much_arithmetic_and_wide_latents_keep_it_out():
+    light = dataclasses.replace(TOKEN, batched=True)
+    for change in ({"flops": 1e10}, {"slice_flops": 1e10}, {"slice_flops": 1e8, "r": 64}):
+        assert "scan" not in auto.narrow(auto.predict(dataclasses.replace(light, **change)))
 
 
 @pytest.mark.parametrize("facts", [POOLED, TOKEN])
@@ -93,8 +93,8 @@ def test_facts_are_read_off_a_plan_and_grow_with_the_call(interface: str, cell: 
 
 
 def test_chain_is_tried_only_where_autograd_may_not_run():
-    assert auto.narrow({"autograd": 1.0, "chain": 1.01, "scan": 1.1}) == ("autograd", "scan")
-    assert auto.narrow({"chain": 1.01, "scan": 1.0}) == ("scan", "chain")
+    assert auto.narrow({"autograd": 1.0, "chain": 1.01, "scan": 0.65}) == ("scan", "autograd")
+    assert auto.narrow({"chain": 1.0, "scan": 0.6}) == ("scan", "chain")
 
 
 def run(race: Race, seconds: dict[str, list[float]]) -> list[str]:
@@ -107,13 +107,13 @@ def run(race: Race, seconds: dict[str, list[float]]) -> list[str]:
 
 
 def test_a_race_alternates_and_leaves_first_steps_out():
-    race = Race({"chain": 1.0, "scan": 1.1})
+    race = Race({"chain": 1.0, "scan": 0.6})
     turns = run(race, {"chain": [1.0, 5.0, 9.0, 5.0], "scan": [900.0, 4.0, 4.0, 99.0]})
-    assert turns == ["chain", "scan"] * 4
+    assert turns == ["scan", "chain"] * 4
     assert race.decision is not None
     assert race.decision.engine == "scan" == race.turn()
     assert race.decision.seconds == {"chain": 5.0, "scan": 4.0}
-    assert "chain 5e+03 ms, scan 4e+03 ms" in race.decision.why
+    assert "scan 4e+03 ms, chain 5e+03 ms" in race.decision.why
     race.record("chain", 0.0)
     race.miss()
     assert race.turn() == "scan"
@@ -131,7 +131,7 @@ def test_a_known_outcome_needs_no_race():
 
 
 def test_a_race_that_is_forbidden_is_settled_by_the_model():
-    race = Race({"chain": 1.1, "scan": 1.0})
+    race = Race({"chain": 1.0, "scan": 0.6})
     assert race.why == "auto: its turn in a race of scan, chain, 0 steps done"
     race.settle("ranks have to agree")
     assert race.turn() == "scan"
@@ -139,7 +139,7 @@ def test_a_race_that_is_forbidden_is_settled_by_the_model():
 
 
 def test_a_race_nobody_differentiates_ends_with_the_model():
-    race = Race({"chain": 1.1, "scan": 1.0})
+    race = Race({"chain": 1.0, "scan": 0.6})
     for _ in range(auto.MOST_MISSES - 1):
         race.miss()
     race.record("scan", 1.0)
@@ -152,7 +152,7 @@ def test_a_race_nobody_differentiates_ends_with_the_model():
 
 
 def test_an_engine_that_cannot_run_drops_out():
-    race = Race({"chain": 1.0, "scan": 0.9})
+    race = Race({"chain": 1.0, "scan": 0.6})
     race.drop("scan", "no tracing")
     assert race.decision is not None
     assert race.decision.engine == "chain"

@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
+from lbi_compile import transform
 from lbi_compile._torch import pytree
 from lbi_compile.capture import Capture, Inputs, as_inputs, bind, capture, default_inputs, signature
 from lbi_compile.errors import (
@@ -589,3 +591,50 @@ def test_a_forward_the_exporter_cannot_read() -> None:
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(NotAModuleError, match="a model of type function"):
         capture(F.relu, Inputs((X,), {}))  # type: ignore[arg-type]
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounding whose gradient is that of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient
+
+
+class Rounding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(StraightThrough.apply(3 * self.inner(x)))
+
+
+def test_an_autograd_function_whose_backward_would_be_lost_is_refused() -> None:
+    model, x = nn.Sequential(*(Rounding() for _ in range(4))), torch.randn(3, 4)
+    with pytest.raises(CaptureError, match=r"StraightThrough[\s\S]*custom_op"):
+        capture(model, as_inputs(model, x))
+    # cut at its child modules it keeps the backward it was written with
+    whole = transform(model, x, regions=1)
+    gradients = []
+    for run in (model, whole):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for own, bounded in zip(*gradients, strict=True):
+        assert own is not None
+        assert own.abs().sum() > 0
+        assert torch.equal(own, bounded)
+
+
+def test_recomputation_is_no_backward_that_could_be_lost() -> None:
+    class Recomputed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=True)
+
+    model, x = nn.Sequential(nn.Linear(4, 4), Recomputed(4, 4)), torch.randn(3, 4)
+    assert "batch" in capture(model, as_inputs(model, x)).dynamic

@@ -55,7 +55,7 @@ def test_inspect_shows_every_part(run, text):
     for word in ("prologue", "stem", "region 0", "region 3", "head", "separator", "m_1 (token", "backward"):
         assert word in out
     assert "blocks.1" in out
-    assert "engine     chain (auto" in out
+    assert "engine     auto (at the first training steps" in out
     assert "\nwhy\n" not in out
     assert "\x1b" not in out
     assert err == f"running the code of {text}\n"

@@ -12,9 +12,8 @@ from ..errors import OptionError
 from .base import Credit, LocalCredit
 from .hbll import HBLL
 from .sid import SID
-from .targets import TargetError
 
-__all__ = ["HBLL", "SID", "Credit", "LocalCredit", "TargetError", "as_credit"]
+__all__ = ["HBLL", "SID", "Credit", "LocalCredit", "as_credit"]
 
 _RULES: dict[str, type[Credit]] = {"sid": SID, "hbll": HBLL}
 

@@ -10,11 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LBIError, OptionError
-
-
-class TargetError(LBIError):
-    """The targets are no classes or class probabilities that fit the logits."""
+from ..errors import OptionError, TargetError
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +128,7 @@ class TargetReader(nn.Module):
         total = torch.tensor(float(len(y)), dtype=exact, device=y.device)
         return Targets(None, y / torch.where(mass > 0, mass, 1.0)[:, None], mass, total, 0.0)
 
-    def _refused(self, found: str, expected: Sequence[int], shape: Sequence[int]) -> LBIError:
+    def _refused(self, found: str, expected: Sequence[int], shape: Sequence[int]) -> TargetError:
         return TargetError(
             f"{found} for logits of shape {list(shape)}",
             expected=f"class indices of shape {list(expected)} (integers), or class probabilities of the logits' shape",

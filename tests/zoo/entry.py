@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 # why a model may have no scan
+FUNCTION = "a graph would lose the backward of its autograd.Function, so it is cut between its child modules"
 BATCH_NORM = "BatchNorm in training mixes the samples of a batch: no Jacobian per sample exists"
 
 Inputs = dict[str, Any] | tuple[Any, ...]

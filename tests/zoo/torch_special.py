@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.zoo.entry import Entry, Made
+from tests.zoo.entry import FUNCTION, Entry, Made
 
 BATCH, FEATURES, WIDTH, DEPTH = 3, 10, 32, 8
 
@@ -214,7 +214,8 @@ def _of(model: Callable[[], nn.Module]) -> Callable[[], Made]:
 
 ENTRIES = (
     Entry("custom-op", "operators of its own", _of(lambda: Residual(CustomOp))),
-    Entry("autograd-function", "operators of its own", _of(lambda: Residual(AutogradFunction))),
+    Entry("autograd-function", "operators of its own", _of(lambda: Residual(AutogradFunction)), expect="chain",
+          why=FUNCTION),
     Entry("tied-blocks", "sharing", _of(TiedBlocks)),
     Entry("checkpointed", "recomputation", _of(lambda: Residual(Checkpointed))),
     Entry("buffers", "state", _of(lambda: Residual(Running)), expect="chain",

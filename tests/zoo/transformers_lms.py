@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.zoo.entry import Entry, Made
+from tests.zoo.entry import FUNCTION, Entry, Made
 
 # Four layers of two residual branches are still eight regions: enough where the fast tests are to stay fast.
 LAYERS, FEW, WIDTH, VOCABULARY = 8, 4, 32, 128
@@ -76,7 +76,15 @@ def _decoders() -> list[Entry]:
         "granite": lm("GraniteForCausalLM", "GraniteConfig", residual_multiplier=0.5, **GROUPED),
         "glm4": lm("Glm4ForCausalLM", "Glm4Config", head_dim=8, **GROUPED),
     }  # fmt: skip
-    return [Entry(name, "decoder LM", make, ci=name in ("gpt2", "llama")) for name, make in made.items()]
+    return [
+        Entry(name, "decoder LM", make, ci=name in ("gpt2", "llama"), **_opaque(name == "bloom"))
+        for name, make in made.items()
+    ]
+
+
+def _opaque(applies: bool) -> dict[str, str]:
+    """What the zoo expects of a model that applies an ``autograd.Function``."""
+    return {"expect": "chain", "why": FUNCTION} if applies else {}
 
 
 def _experts() -> list[Entry]:
@@ -150,7 +158,7 @@ def _recurrent() -> list[Entry]:
         "recurrent-gemma": lm("RecurrentGemmaForCausalLM", "RecurrentGemmaConfig", lru_width=WIDTH, head_dim=8,
                               attention_window_size=8, **{**GROUPED, "num_hidden_layers": 6}),
     }  # fmt: skip
-    return [Entry(name, "recurrent", make) for name, make in made.items()]
+    return [Entry(name, "recurrent", make, **_opaque(name == "recurrent-gemma")) for name, make in made.items()]
 
 
 ENTRIES = (*_decoders(), *_experts(), *_state_spaces(), *_hybrids(), *_recurrent())
