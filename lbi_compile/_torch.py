@@ -43,6 +43,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.fx import traceback as fx_traceback
 
 # Public name, private place: traces a function over fake values into nodes that are spliced into the joint graph.
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -201,7 +202,7 @@ def vmap_without_fallback() -> Iterator[None]:
 
 def annotated(labels: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
     """Inside, nodes that Dynamo traces, and those of their backward, carry ``labels`` in ``meta["custom"]``."""
-    return torch.fx.traceback.annotate(labels)
+    return fx_traceback.annotate(labels)
 
 
 def no_autocast() -> contextlib.AbstractContextManager[None]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from lbi_compile._torch import pytree
 from lbi_compile.passes.alike import VIEWS, BatchRecord, Group, draws, groups, is_forward, producer, quotient, signature
@@ -221,7 +222,7 @@ class _Emitter:
         if all(map(is_forward, node.all_input_nodes)) and any(a.op != "placeholder" for a in node.all_input_nodes):
             tag = FORWARD
         with self.splicer.tracing():
-            node.meta["val"] = target(*fx.node.map_arg(args, lambda a: a.meta["val"]))
+            node.meta["val"] = target(*map_arg(args, lambda a: a.meta["val"]))
         node.meta["partitioner_tag"] = tag
         return node
 

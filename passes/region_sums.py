@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -61,10 +62,11 @@ def sum_over_regions(graph: fx.Graph) -> int:
 
 def item_of(node: fx.Node) -> tuple[fx.Node, int] | None:
     """Tensor and index on its first axis, where ``node`` takes one item of a tensor."""
-    if node.target is operator.getitem and node.args[0].target is aten.unbind.int and len(node.args[0].args) == 1:
-        return node.args[0].args[0], node.args[1]
-    if node.target is aten.select.int and node.args[1] == 0 and isinstance(node.args[2], int):
-        return node.args[0], node.args[2]  # pyright: ignore[reportReturnType]
+    args: Any = node.args
+    if node.target is operator.getitem and args[0].target is aten.unbind.int and len(args[0].args) == 1:
+        return args[0].args[0], args[1]
+    if node.target is aten.select.int and args[1] == 0 and isinstance(args[2], int):
+        return args[0], args[2]
     return None
 
 
