@@ -58,7 +58,7 @@ def test_gradients_and_random_numbers_are_those_of_autograd(
 
 
 def test_without_batching_every_region_runs_by_itself() -> None:
-    model, inputs = in_float64("mlp", depth=8)
+    model, inputs = in_float64("mlp", depth=4)
     nodes = {}
     for batched in (True, False):
         bounded = lbi_compile.transform(model, inputs, regions=4, r=R, interface="pooled", batch_regions=batched)

@@ -52,7 +52,7 @@ def test_inspect_writes_all_drawings(run, text, tmp_path):
     assert lines[0].endswith(f", {html.stat().st_size:,} bytes")
     page = html.read_text(encoding="utf-8")
     assert page.startswith("<!DOCTYPE html>")
-    assert "<dt>engine</dt><dd>chain (auto" in page
+    assert "<dt>engine</dt><dd>autograd (auto: one latent crosses" in page
     assert ElementTree.fromstring(svg.read_text(encoding="utf-8")).tag.endswith("svg")
     assert dot.read_text(encoding="utf-8").startswith('digraph "lbi_compile.demo_model.CausalTransformer" {')
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.dot", "model.html", "model.svg", "models.py"]

@@ -20,7 +20,7 @@ SHARP = [
     ("mlp", 3, 4, {}, (3, 1, 5)),
     ("transformer", 3, 4, {"interface": "token", "cell": "gru"}, (3, 5)),
     ("transformer", 3, 8, {"interface": "chunked", "readout": "last"}, (3, 5)),
-    ("vit", 3, 4, {}, (3, 5)),
+    pytest.param("vit", 3, 4, {}, (3, 5), marks=pytest.mark.slow),
     ("gpt2", 4, 4, {}, (3, 5)),
 ]
 FULL = [
@@ -117,7 +117,13 @@ def test_autograd_agrees_with_central_differences(name: str, options: dict[str, 
         assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "options"), [("mlp", {}), ("transformer", {"interface": "token", "cell": "gru"})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mlp", {}),
+        pytest.param("transformer", {"interface": "token", "cell": "gru"}, marks=pytest.mark.slow),
+    ],
+)
 def test_bfloat16_autocast_is_as_accurate_as_compiled_autograd(name: str, options: dict[str, str]) -> None:
     model, inputs = in_float64(name)
     model.eval()  # masks drawn in two precisions differ, so the reference would measure dropout

@@ -114,7 +114,7 @@ def without_numbers(plan: Plan) -> Plan:
     return dataclasses.replace(plan, regions=regions, causal=None, **parts)
 
 
-@pytest.mark.parametrize("make", [lm, unet])
+@pytest.mark.parametrize("make", [lm, pytest.param(unet, marks=pytest.mark.slow)])
 def test_a_model_without_numbers_is_cut_as_one_with_numbers(make: Any) -> None:
     wanted = lbi_compile.plan(*make(), regions=3, r=6)
     with torch.device("meta"):
