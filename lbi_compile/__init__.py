@@ -10,12 +10,13 @@ _checkout = _Path(__file__).resolve().parent.parent
 if (_checkout / "passes").is_dir() and (_checkout / "kernels").is_dir():
     __path__.append(str(_checkout))
 
-from .bounded import BoundedModule, Region, Taps  # noqa: E402  after __path__
+from .bounded import BoundedModule  # noqa: E402  after __path__
 from .credit import HBLL, SID  # noqa: E402
 from .engines import Engine  # noqa: E402
 from .errors import *  # noqa: E402,F403
 from .errors import __all__ as _errors  # noqa: E402
 from .plan import Plan  # noqa: E402
+from .region import Region, Taps  # noqa: E402
 from .report import Report  # noqa: E402
 from .transform import plan, transform  # noqa: E402
 from .verify import verify  # noqa: E402

@@ -11,6 +11,7 @@ import functools
 import io
 import logging
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -236,15 +237,15 @@ _EXACT_FUNCTIONS = ("torch.autograd.", "torch.nn.", "torch.utils.checkpoint", "t
 
 @contextlib.contextmanager
 def applied_functions() -> Iterator[set[type]]:
-    """Collects the class of every ``autograd.Function`` that is applied inside, but some of torch's own.
+    """Collects the class of every ``autograd.Function`` that this thread applies inside, but some of torch's own.
 
     An exporter traces their forward and never sees the backward that they were written for.
     """
     found: set[type] = set()
-    original = torch.autograd.Function.__dict__["apply"]
+    original, thread = torch.autograd.Function.__dict__["apply"], threading.get_ident()
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith(_EXACT_FUNCTIONS):
+        if threading.get_ident() == thread and not cls.__module__.startswith(_EXACT_FUNCTIONS):
             found.add(cls)
         return original.__func__(cls, *args, **kwargs)
 

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
-from .bounded import Options
 from .capture import Capture
 from .errors import PlanError
 from .interfaces import interface_class, tokens_per_chunk
 from .lane_forms import describe_lanes
 from .naming import Naming, batch_symbol, class_name
+from .options import Options
 from .passes import axes
 from .passes.costs import Costs, costs
 from .passes.evaluate import Evaluator

@@ -421,7 +421,7 @@ def store_path(environment: Mapping[str, str] = os.environ) -> Path | None:
     """Where decisions are kept between processes: nowhere, unless :data:`VARIABLE` is set.
 
     Example:
-        >>> store_path({}), store_path({"LBI_COMPILE_AUTO_CACHE": "/tmp/auto.json"}).name
+        >>> store_path({}), store_path({"LBI_COMPILE_AUTO_CACHE": "auto.json"}).name
         (None, 'auto.json')
     """
     value = environment.get(VARIABLE, "")

@@ -101,7 +101,7 @@ def eager_backend(record: ScanRecord, *, batched: bool = True) -> Callable[..., 
 
 
 def _reshape(backward: fx.GraphModule) -> None:
-    """Let views be reshapes: strides of some operators are others than fake tensors promise, also without a rewrite."""
+    """Let views be reshapes: some operators (softplus_backward) give other strides than their fake tensors promise."""
     for node in backward.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
     backward.recompile()

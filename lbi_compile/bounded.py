@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,8 @@ from ._torch import NotTraceable, annotated, dispatch_mode_active, exporting, fr
 from .backend import eager_backend
 from .calls import ShapeCheck, call_signature
 from .capture import Inputs, bind, describe_inputs, signature
-from .credit.base import Credit, LocalCredit, no_local_credit
+from .credit.base import LocalCredit, no_local_credit
 from .errors import (
-    DoubleBackwardError,
     EngineError,
     LBIError,
     PlanError,
@@ -28,117 +26,24 @@ from .errors import (
 from .hooked_plan import is_hooked
 from .hooked_run import HookedProgram
 from .interfaces import Interface
-from .interfaces.lanes import LanesInterface
 from .kernels import ops
+from .options import Options
 from .passes.alike import CHAIN, REGION
-from .passes.insert import OutputName, Program, RegionPieces
+from .passes.insert import OutputName, Program
 from .passes.scan_backward import ScanRecord
 from .plan import Plan
 from .racing import Racer
+from .region import SOURCES, Region, Taps
+from .staleness import fingerprint, modes_of, placement
 from .unbuilt import Unbuilt, not_built
 
 _chains = itertools.count()
 _UNLABELLED = contextlib.nullcontext()
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the user asked ``transform`` for."""
-
-    regions: int | tuple[str, ...] | Plan
-    r: int
-    interface: str
-    cell: str
-    readout: str
-    backward: str
-    allow_leak: bool
-    seed: int
-    credit: Credit | None = None
-    batch_regions: bool = True
-
-
 # What ran last under a local credit rule.
 LOCAL = engines.Engine(engines.AUTOGRAD, "local credit: every region by itself")
 END_TO_END = engines.Engine(engines.AUTOGRAD, "plain forward of a model with local credit, differentiated end to end")
-# Name under which a run keeps the canvas and the other shared sources; no node of a graph has such a name.
-SOURCES = "<sources>"
-
-
-class Taps(NamedTuple):
-    """Values inside the bounded model, for auxiliary losses and diagnostics.
-
-    Attributes:
-        h: Output of each region, ``K`` tensors of the canvas's shape.
-        m: Latent that enters each region, ``K`` entries; ``None`` where none enters.
-    """
-
-    h: tuple[Tensor, ...]
-    m: tuple[Tensor | None, ...]
-
-
-class Region(nn.Module):
-    """Region ``k`` as a module: ``(canvas, m_k) -> (m_{k+1}, h_k)``.
-
-    It owns no parameters; it fetches them from the bounded model by their original names whenever it is called.
-    """
-
-    def __init__(self, k: int, interface: Interface) -> None:
-        super().__init__()
-        self.k = k
-        self._interface = (interface,)  # in a tuple: parameters belong to the bounded model, not to each region
-
-    def forward(
-        self, canvas: Tensor, m: Tensor | None, values: dict[str, Any], pieces: RegionPieces
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Run the region.
-
-        Args:
-            canvas: ``[B, D]`` or ``[B, T, D]``.
-            m: Latent ``m_k``, or ``None`` where none enters.
-            values: Prologue values by name; side outputs are added to it.
-            pieces: The captured code of this region.
-
-        Returns:
-            ``m_{k+1}`` (or ``None``), ``h_k``, and the region's input (the canvas with the latent decoded into it).
-        """
-        (interface,), k = self._interface, self.k
-        if isinstance(interface, LocalCredit):
-            return interface.run_region(k, canvas, m, values, pieces)
-        if isinstance(interface, LanesInterface):
-            return self._run_lanes(interface, canvas, m, values, pieces)
-        fold, unfold = interface.fold, interface.unfold
-        x = values[pieces.entry] = unfold(interface.enter(k, fold(canvas), m), canvas.shape)
-        pieces.body.run(values)
-        a = values[pieces.anchor]
-        if interface.splits:
-            folded = fold(a)
-            z = interface.encode(k, folded)
-            # without nodes of the model's own the finish is the interface's, and what it gives is the region's end
-            values[pieces.joint if pieces.finish else pieces.end] = unfold(interface.inject(k, folded, z, m), a.shape)
-            if pieces.finish is not None:
-                pieces.finish.run(values)
-            h = values[pieces.end]
-            return interface.leave(k, m=m, h=fold(h), z=z), h, x
-        return interface.leave(k, m=m, h=fold(a), z=None), a, x
-
-    def _run_lanes(
-        self, interface: LanesInterface, canvas: Tensor, m: Tensor | None, values: dict[str, Any], pieces: RegionPieces
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Run the region between boundaries of several lanes, or of lanes in another shape than the canvas."""
-        k, read = self.k, {}
-        if k == 0:
-            values[pieces.entry] = canvas
-        else:
-            assert m is not None
-            # a lane's own tensor tells its sizes: they cross freely, its numbers do not
-            shapes = {index: values[name].shape for index, name in pieces.crossing}
-            read = interface.enter_lanes(k, m, shapes, values[SOURCES])
-            for gap in pieces.gaps:
-                values[gap.entry] = read[gap.index]
-        pieces.body.run(values)
-        new = {index: values[name] for index, name in pieces.new}
-        h = values[pieces.end]
-        return interface.leave_lanes(k, m, new, read), h, values.get(pieces.entry, h)
 
 
 class BoundedModule(nn.Module):
@@ -415,9 +320,14 @@ class BoundedModule(nn.Module):
                 ) from error
             raise
         self._engine = engines.Engine(
-            engines.SCAN, engine.why, record.jacobians, tuple(sorted(record.unrolled.items())), record.batched.groups
+            engines.SCAN,
+            engine.why,
+            record.jacobians,
+            unrolled=tuple(sorted(record.unrolled.items())),
+            batched=record.batched.groups,
+            unbatched=tuple(sorted(record.batched.unbatched.items())),
         )
-        return [_once(leaf) for leaf in flat], tuple(map(_once, hs)), tuple(map(_once, ms))
+        return [engines.once(leaf) for leaf in flat], tuple(map(engines.once, hs)), tuple(map(engines.once, ms))
 
     def _run(
         self,
@@ -493,7 +403,7 @@ class BoundedModule(nn.Module):
         if self._plan is None:
             self.build(inputs)
         self._raise_if_stale()
-        key, modes = self._key(inputs), self._modes()
+        key, modes = self._key(inputs), modes_of(self.source)
         if key not in self._programs or self._checks[key].modes != modes:
             if (key, modes) not in self._known:
                 self._remember(inputs, *self._build_program(inputs))
@@ -502,9 +412,9 @@ class BoundedModule(nn.Module):
         return self._programs[key]
 
     def _remember(self, inputs: Inputs, program: Program, check: ShapeCheck) -> None:
-        key, check.modes = self._key(inputs), self._modes()
+        key, check.modes = self._key(inputs), modes_of(self.source)
         self._programs[key], self._checks[key] = self._known[key, check.modes] = program, check
-        self._seen = self._seen or _fingerprint(self)
+        self._seen = self._seen or fingerprint(self)
 
     def _build_program(self, inputs: Inputs) -> tuple[Program, ShapeCheck]:
         from .transform import build_program
@@ -525,12 +435,8 @@ class BoundedModule(nn.Module):
     def _checks_of(self, program: Program) -> ShapeCheck:
         return next(self._checks[key] for key, known in self._programs.items() if known is program)
 
-    def _modes(self) -> tuple[bool, ...]:
-        """Training flag of every submodule: freezing the statistics of one BatchNorm is a mode of its own."""
-        return tuple(child.training for child in self.source.modules() if child is not self.source)
-
     def _raise_if_stale(self) -> None:
-        seen = _fingerprint(self)
+        seen = fingerprint(self)
         if self._seen and seen != self._seen:
             changed = sorted({a[0] for a, b in itertools.zip_longest(seen, self._seen, fillvalue=("?",)) if a != b})
             raise StaleCaptureError(
@@ -553,46 +459,13 @@ class BoundedModule(nn.Module):
         self._forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> BoundedModule:
-        before = _placement(self)
+        before = placement(self)
         super()._apply(fn, recurse)
-        if _placement(self) != before:
+        if placement(self) != before:
             self._forget()  # devices and dtypes are baked into captured code
         return self
-
-
-def _refuse_double_backward(grad: Tensor) -> None:
-    """Hook on the outputs of the scan, whose backward is compiled for first derivatives."""
-    if torch.is_grad_enabled():
-        raise DoubleBackwardError(
-            "create_graph=True through the scan backward",
-            expected="first derivatives only",
-            do='use bounded.with_engine("autograd") for gradients of gradients',
-        )
-
-
-def _once(value: Any) -> Any:
-    # a leaf here is a parameter the model returns, which belongs to others too
-    if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
-        value.register_hook(_refuse_double_backward)
-    return value
 
 
 def _assemble(program: Program, flat: list[Any], hs: tuple[Any, ...], ms: tuple[Any, ...]) -> Any:
     out = pytree.tree_unflatten(flat, program.out_spec)
     return (out, Taps(hs, ms)) if hs else out
-
-
-def _fingerprint(bounded: BoundedModule) -> tuple[Any, ...]:
-    """Every submodule by name with its hooks; those of the bounded model too, which has a list of its own."""
-    own = [(name, child) for name, child in bounded.named_children() if name != "lbi"]
-    # a model that runs as it is runs its hooks too, and its forward may add some of its own
-    counted = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = () if is_hooked(bounded._plan) else counted
-    return tuple(
-        (name, id(module), *(len(getattr(module, kind)) for kind in hooks))
-        for name, module in (*bounded.source.named_modules(), *own)
-    )
-
-
-def _placement(model: nn.Module) -> set[Any]:
-    return {(t.device, t.dtype) for t in itertools.chain(model.parameters(), model.buffers())}

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from .errors import OptionError
+import torch
+from torch import Tensor
+
+from .errors import DoubleBackwardError, OptionError
 
 AUTO, AUTOGRAD, CHAIN, SCAN = "auto", "autograd", "chain", "scan"
 REQUESTS = (AUTO, AUTOGRAD, CHAIN, SCAN)
@@ -22,6 +26,7 @@ class Engine:
         unrolled: Operators of the backward that were run once per cotangent because they cannot be batched, with the
             reason.
         batched: Operators that run once for several regions.
+        unbatched: Operators of regions that are alike which yet run once for each of them, with the reason.
     """
 
     name: str
@@ -29,11 +34,14 @@ class Engine:
     jacobians: int = 0
     unrolled: tuple[tuple[str, str], ...] = ()
     batched: int = 0
+    unbatched: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         text = f"{self.name} ({self.why})"
         if self.unrolled:
             text += "; unrolled over r: " + ", ".join(op for op, _ in self.unrolled)
+        if self.unbatched:
+            text += "; not batched over regions: " + ", ".join(op for op, _ in self.unbatched)
         return text
 
 
@@ -68,3 +76,21 @@ def choose(request: str, *, boundaries: int) -> Engine:
     if request == SCAN and boundaries < 2:
         return Engine(SCAN, f"asked for; {boundaries} latent(s) cross, so there is no Jacobian and nothing to scan")
     return Engine(request, "asked for")
+
+
+def _refuse_double_backward(grad: Tensor) -> None:
+    """Hook on the outputs of the scan, whose backward is compiled for first derivatives."""
+    if torch.is_grad_enabled():
+        raise DoubleBackwardError(
+            "create_graph=True through the scan backward",
+            expected="first derivatives only",
+            do='use bounded.with_engine("autograd") for gradients of gradients',
+        )
+
+
+def once(value: Any) -> Any:
+    """Let an output of the scan be differentiated once: a second time raises :class:`DoubleBackwardError`."""
+    # a leaf here is a parameter the model returns, which belongs to others too
+    if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
+        value.register_hook(_refuse_double_backward)
+    return value

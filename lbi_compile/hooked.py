@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import engines
 from ._torch import pytree
-from .bounded import BoundedModule, Options, Region
+from .bounded import BoundedModule
 from .calls import ShapeCheck
 from .capture import Inputs, fresh
 from .errors import (
@@ -43,9 +43,11 @@ from .hooked_run import HookedProgram
 from .hooked_state import in_mode, probing
 from .interfaces import Interface, ZeroInterface, build_interface, interface_class, tokens_per_chunk
 from .naming import class_name
+from .options import Options
 from .passes.layouts import Layout
 from .passes.validate import refuse_leak, settle_interface, settle_readout
 from .plan import PassRecord, Plan
+from .region import Region
 from .report import Check
 
 

@@ -11,7 +11,7 @@ from torch.fx.node import map_aggregate
 
 from . import engines, hooked
 from .analysis import Analysis, analyse, locate
-from .bounded import BoundedModule, Options, Region
+from .bounded import BoundedModule
 from .calls import ShapeCheck
 from .capture import Capture, Inputs, as_inputs, capture, default_inputs, fresh, raise_if_unfit, undisturbed
 from .credit import Credit, as_credit
@@ -30,10 +30,12 @@ from .hooked_plan import is_hooked
 from .interfaces import CELLS, KINDS, Interface, build_interface, build_lanes
 from .lane_forms import lane_forms
 from .naming import batch_symbol
+from .options import Options
 from .passes.axes import coupling_error
 from .passes.insert import Owner, Program, insert
 from .passes.validate import refuse_leak
 from .plan import Plan
+from .region import Region
 
 
 def transform(

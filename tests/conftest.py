@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 
 # cuBLAS refuses to run in deterministic mode (see `poison`) without it, and reads it once, when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -11,6 +13,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 import torch.utils.deterministic
+
+from tests.browser import Browser
 
 torch.set_num_threads(1)
 
@@ -33,3 +37,17 @@ def fresh():
     torch.manual_seed(0)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    """Chromium, where there is one."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("needs Chromium")
+    started = Browser(program, tmp_path_factory.mktemp("profile"))
+    try:
+        started.start()
+        yield started
+    finally:
+        started.close()

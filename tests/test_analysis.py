@@ -13,10 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lbi_compile
 from lbi_compile.analysis import Analysis, analyse, locate
-from lbi_compile.bounded import Options
 from lbi_compile.capture import Capture, as_inputs, capture
 from lbi_compile.demo_model import Attention
 from lbi_compile.errors import PlanError, RegionsError
+from lbi_compile.options import Options
 from lbi_compile.plan import Plan
 from tests import models
 from tests.untouched import differences, snapshot

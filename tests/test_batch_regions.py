@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 from typing import Any
 
 import pytest
@@ -233,3 +235,24 @@ def test_sums_of_another_dtype_or_shape_are_left_alone() -> None:
 
     gm = traced(total, x, y)
     assert sum_over_regions(gm.graph) == 0
+
+
+def test_what_cannot_be_traced_for_all_regions_stays_as_it_is_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("lbi_compile.passes.batch_regions")
+    trace, calls = module._Emitter._trace, itertools.count()
+
+    def every_other(self: Any, *args: Any) -> Any:
+        if next(calls) % 2:
+            raise RuntimeError("not today")
+        return trace(self, *args)
+
+    monkeypatch.setattr(module._Emitter, "_trace", every_other)
+    model, inputs = in_float64("mlp", depth=4)
+    bounded = lbi_compile.transform(model, inputs, regions=4, r=R, interface="pooled")
+    found = gradients(bounded, inputs, "scan")
+    assert max(relative_errors(found, gradients(bounded, inputs, "autograd")).values()) <= 1e-10
+    with bounded.with_engine("scan"):
+        call(bounded, inputs)
+    assert bounded.engine.batched
+    assert {why for _, why in bounded.engine.unbatched} == {"RuntimeError: not today"}
+    assert "not batched over regions: aten." in str(bounded.engine)

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 from lbi_compile._torch import pytree
 from lbi_compile.analysis import Analysis, analyse
-from lbi_compile.bounded import Options
 from lbi_compile.errors import NoSeparatorError
+from lbi_compile.options import Options
 from lbi_compile.passes.insert import OutputName, Program
 from tests import models
 from tests.dags import Dag, Found, Step, find, recipes, run, split, trace

@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lbi_compile.analysis import analyse
-from lbi_compile.bounded import Options
 from lbi_compile.capture import Capture, as_inputs, capture
 from lbi_compile.errors import NoSeparatorError, RegionsError, TooManyRegionsError
+from lbi_compile.options import Options
 from lbi_compile.passes.liveness import Liveness
 from lbi_compile.passes.partition import FINISH_SLACK, Partition, partition
 from lbi_compile.passes.separators import Separator

@@ -7,16 +7,10 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 import tomllib
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -26,13 +20,12 @@ from lbi_compile import sources
 from lbi_compile.demo_model import CausalTransformer
 from lbi_compile.render import dot, html, svg
 from lbi_compile.render.graph import Picture, picture
-from lbi_compile.render.groups import CHIP, LABEL, NOTE, Drawing
-from lbi_compile.render.labels import text_width
+from lbi_compile.render.groups import Drawing
 from tests import pictures
+from tests.drawn import SVG, Parsed, collisions, rects, texts
 from tests.test_render_graph import TinyUNet, analysed
 
 ROOT = Path(__file__).parent.parent
-SVG = "{http://www.w3.org/2000/svg}"
 EVIL = (
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -132,79 +125,6 @@ def made(request) -> Picture:
 # ---- what is drawn does not overlap ----
 
 
-class Rect(NamedTuple):
-    left: float
-    top: float
-    right: float
-    bottom: float
-    what: str
-
-    def meets(self, other: Rect) -> bool:
-        return (
-            self.left < other.right - 0.1
-            and other.left < self.right - 0.1
-            and self.top < other.bottom - 0.1
-            and other.top < self.bottom - 0.1
-        )
-
-    def holds(self, other: Rect) -> bool:
-        return (
-            self.left <= other.left + 0.1
-            and self.top <= other.top + 0.1
-            and other.right <= self.right + 0.1
-            and other.bottom <= self.bottom + 0.1
-        )
-
-
-SIZES = {"label": LABEL, "note": NOTE, "chip-text": CHIP, "title": 16, "facts": 11, "band-title": 13, "band-note": 11,
-         "border-text": 10, "key": 11}  # fmt: skip
-CENTRED = ("label", "note", "chip-text")
-
-
-def placed(
-    element: ElementTree.Element, x: float = 0, y: float = 0
-) -> Iterator[tuple[ElementTree.Element, float, float]]:
-    """Every element of a drawing with the shift of all groups around it."""
-    if found := re.fullmatch(r"translate\((\S+) (\S+)\)", element.get("transform", "")):
-        x, y = x + float(found[1]), y + float(found[2])
-    yield element, x, y
-    for inner in element:
-        yield from placed(inner, x, y)
-
-
-def texts(drawing: str) -> list[Rect]:
-    found = []
-    for element, x, y in placed(ElementTree.fromstring(drawing)):
-        if element.tag == f"{SVG}text":
-            css, text = element.get("class") or "", element.text or ""
-            size, wide = SIZES[css], text_width(text, SIZES[css])
-            left = x + float(element.get("x", 0)) - (wide / 2 if css in CENTRED else 0)
-            line = y + float(element.get("y", 0))
-            found.append(Rect(left, line - 0.8 * size, left + wide, line + 0.22 * size, f"{css} {text}"))
-    return [rect for rect in found if rect.right > rect.left]
-
-
-def rects(drawing: str, css: str) -> list[Rect]:
-    found = []
-    for element, x, y in placed(ElementTree.fromstring(drawing)):
-        if element.tag == f"{SVG}rect" and css in (element.get("class") or "").split():
-            left, top = x + float(element.get("x", 0)), y + float(element.get("y", 0))
-            found.append(
-                Rect(left, top, left + float(element.attrib["width"]), top + float(element.attrib["height"]), css)
-            )
-    return found
-
-
-def collisions(some: list[Rect]) -> list[tuple[str, str]]:
-    some = sorted(some, key=lambda rect: rect.top)
-    found = []
-    for i, one in enumerate(some):
-        for other in itertools.takewhile(lambda rect, end=one.bottom: rect.top < end, some[i + 1 :]):
-            if one.meets(other):
-                found.append((one.what, other.what))
-    return found
-
-
 def test_labels_do_not_overlap(made):
     drawing = svg.drawing(made)
     assert not collisions(texts(drawing))
@@ -270,32 +190,6 @@ def test_lanes_cross_the_borders_of_their_boundaries(unet):
 
 
 # ---- the page ----
-
-
-class Parsed(HTMLParser):
-    """Tags and attributes of a page, and the text of its script, style and table elements."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.inside: dict[str, list[str]] = {"script": [], "style": [], "td": [], "h1": [], "dd": [], "button": []}
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag in self.inside:
-            self._open.append(tag)
-            self.inside[tag].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        if self._open and self._open[-1] == tag:
-            self._open.pop()
-
-    def handle_data(self, data: str) -> None:
-        if self._open:
-            self.inside[self._open[-1]][-1] += data
 
 
 def test_no_name_does_harm():
@@ -434,118 +328,6 @@ def test_colours_tell_neighbours_apart():
 
 
 # ---- in a browser ----
-
-
-# Chromium reads and writes the pipe as files 3 and 4
-START = """
-import fcntl, os, sys
-far = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
-for number, file in enumerate(far, start=3):
-    os.dup2(file, number)
-os.execvp(sys.argv[3], sys.argv[3:])
-"""
-
-
-class Browser:
-    """Chromium without a window, told what to do through its pipe."""
-
-    def __init__(self, program: str, profile: Path) -> None:
-        reading, to = os.pipe()
-        source, writing = os.pipe()
-        flags = (
-            "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-            "--disable-component-update --disable-sync --window-size=1400,1000 --remote-debugging-pipe"
-        )
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                START,
-                str(reading),
-                str(writing),
-                program,
-                *flags.split(),
-                f"--user-data-dir={profile}",
-            ],
-            pass_fds=(reading, writing),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(reading)
-        os.close(writing)
-        self._to, self._from = os.fdopen(to, "wb", 0), os.fdopen(source, "rb")
-        self.events: list[dict[str, Any]] = []
-        self._session: dict[str, str] = {}
-        self._number = 0
-
-    def start(self) -> None:
-        target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self._session = {"sessionId": self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.send(f"{domain}.enable")
-
-    def _read(self) -> dict[str, Any]:
-        message = bytearray()
-        while (byte := self._from.read(1)) != b"\0":
-            assert byte, "the browser ended"
-            message += byte
-        return json.loads(message)
-
-    def send(self, method: str, **params: Any) -> dict[str, Any]:
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": params, **self._session}
-        self._to.write(json.dumps(message).encode() + b"\0")
-        while (answer := self._read()).get("id") != self._number:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def open(self, file: Path) -> None:
-        self.events.clear()
-        self.send("Page.navigate", url=file.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self._read())
-
-    def js(self, code: str) -> Any:
-        answer = self.send("Runtime.evaluate", expression=code, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def mouse(self, kind: str, x: float, y: float, **more: Any) -> None:
-        self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
-
-    def click(self, x: float, y: float) -> None:
-        self.mouse("mousePressed", x, y, button="left", clickCount=1)
-        self.mouse("mouseReleased", x, y, button="left", clickCount=1)
-
-    def press(self, key: str, **more: Any) -> None:
-        self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **more)
-        self.send("Input.dispatchKeyEvent", type="keyUp", key=key, **more)
-
-    def troubles(self) -> list[Any]:
-        """What the console said, and what was asked of the network beside the page itself."""
-        wrong = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        asked = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
-        return [e for e in self.events if e["method"] in wrong] + [url for url in asked[1:] if url != "data:,"]
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(timeout=30)
-        self._to.close()
-        self._from.close()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[Browser]:
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("needs Chromium")
-    started = Browser(program, tmp_path_factory.mktemp("profile"))
-    try:
-        started.start()
-        yield started
-    finally:
-        started.close()
 
 
 SCALE = "Number(/scale\\((.*)\\)/.exec(document.getElementById('world').getAttribute('transform'))[1])"

@@ -15,8 +15,8 @@ from .site import find_site
 
 if TYPE_CHECKING:
     from ..analysis import Analysis
-    from ..bounded import Options
     from ..capture import Capture
+    from ..options import Options
 
 
 def refuse_exact_options(rule: Credit, **given: str) -> None:

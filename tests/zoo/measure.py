@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import lbi_compile
 from lbi_compile import CaptureError, LBIError, Plan
 from lbi_compile.analysis import analyse
-from lbi_compile.bounded import Options
 from lbi_compile.capture import Capture, as_inputs, capture, undisturbed
+from lbi_compile.options import Options
 from tests.zoo.models import ZOO, Entry
 from tests.zoo.table import Row
 

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map_only
 import lbi_compile
 from lbi_compile import BoundedModule, LBIError
 from lbi_compile.analysis import analyse
-from lbi_compile.bounded import Options
 from lbi_compile.capture import Capture, as_inputs, capture
+from lbi_compile.options import Options
 from lbi_compile.verify import relative_errors
 from tests.zoo.measure import FAITHFUL, losses, objective, unfaithful
 from tests.zoo.models import ZOO, Entry
