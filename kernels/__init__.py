@@ -1,1 +1,1 @@
-"""The scan over interface Jacobians: reference, Triton kernel, and the operators that dispatch between them."""
+"""The scans over interface Jacobians and a soft-label cross entropy: references, Triton kernels, dispatching operators."""

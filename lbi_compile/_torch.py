@@ -10,11 +10,12 @@ import contextlib
 import functools
 import io
 import logging
+import operator
 import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -47,7 +48,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import traceback as fx_traceback
 
 # Public name, private place: traces a function over fake values into nodes that are spliced into the joint graph.
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import make_fx as _make_fx
 
 # Raised by the exporter where Python branches on the value of a tensor.
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -82,7 +83,6 @@ __all__ = [
     "inductor_options",
     "is_fake",
     "is_tangent",
-    "make_fx",
     "no_autocast",
     "no_new_guards",
     "pytree",
@@ -92,6 +92,7 @@ __all__ = [
     "silent_export",
     "size_key",
     "times_written",
+    "traced",
     "unset_fake_temporarily",
     "vmap_without_fallback",
 ]
@@ -101,6 +102,26 @@ below_autograd = torch._C._AutoDispatchBelowAutograd  # pyright: ignore[reportAt
 
 # An autograd.Function without setup_context, the cheap kind, has to step aside while a torch.func transform runs.
 functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def traced(
+    function: Callable[..., Any], values: Sequence[Any], *, decompositions: Mapping[Any, Callable[..., Any]] | None = None
+) -> fx.GraphModule:
+    """The graph of what ``function`` does with fake values.
+
+    Where a trace has to rebuild a symbolic size it multiplies all factors by one binary operator (torch 2.11 to 2.13),
+    and the code written from that graph drops all but two of them; here they are multiplied one by one.
+    """
+    gm = _make_fx(function, decomposition_table=dict(decompositions or {}))(*values)
+    for node in gm.graph.find_nodes(op="call_function", target=operator.mul):
+        while len(node.args) > 2:
+            a, b, *rest = node.args
+            with gm.graph.inserting_before(node):
+                product = gm.graph.call_function(operator.mul, (a, b))
+            product.meta["val"] = operator.mul(*fx.node.map_arg((a, b), lambda factor: factor.meta["val"]))
+            node.args = product, *rest
+    gm.recompile()
+    return gm
 
 
 def fresh_code(function: Callable[..., Any]) -> Callable[..., Any]:

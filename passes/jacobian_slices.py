@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from lbi_compile._torch import core_aten_decompositions, make_fx, same_shape
+from lbi_compile._torch import core_aten_decompositions, same_shape, traced
 from lbi_compile.errors import EngineError
 from lbi_compile.passes.batch_cotangents import Batched
 
@@ -206,7 +206,7 @@ def simplified(module: fx.GraphModule, values: Sequence[Any], *, keep: Collectio
     table = {op: rule for op, rule in _decompositions().items() if op not in keep}
     if not any(node.target in table for node in module.graph.nodes):
         return module
-    return make_fx(module, decomposition_table=table)(*map(distinct, values))
+    return traced(module, list(map(distinct, values)), decompositions=table)
 
 
 def distinct(value: Any) -> Any:

@@ -14,9 +14,9 @@ import lbi_compile.kernels.ops  # noqa: F401  registers the operators
 from lbi_compile._torch import (
     detect_fake_mode,
     enable_python_dispatcher,
-    make_fx,
     no_autocast,
     no_new_guards,
+    traced,
     vmap_without_fallback,
 )
 from lbi_compile.passes.jacobian_slices import distinct
@@ -67,17 +67,17 @@ class Splicer:
             label: Of the nodes: whose they are.
         """
         bound = [*self.binders, *inputs]
-        traced = self.traced[like] if self.knows(like) else self._trace(function, bound)
+        trace = self.traced[like] if self.knows(like) else self._trace(function, bound)
         if like is not None:
-            self.traced[like] = traced
+            self.traced[like] = trace
         graph = self.gm.graph
-        copies = dict(zip(traced.graph.find_nodes(op="placeholder"), bound, strict=True))
+        copies = dict(zip(trace.graph.find_nodes(op="placeholder"), bound, strict=True))
         with graph.inserting_before(self.before):
-            for node in traced.graph.nodes:
+            for node in trace.graph.nodes:
                 if node.op == "output":
                     return map_arg(node.args[0], copies.__getitem__)
                 if node.op == "get_attr":
-                    copies[node] = self._constant(getattr(traced, node.target))
+                    copies[node] = self._constant(getattr(trace, node.target))
                 elif node.op != "placeholder":
                     copies[node] = graph.node_copy(node, copies.__getitem__)
                 if node.op != "placeholder":
@@ -107,11 +107,11 @@ class Splicer:
 
     def _trace(self, function: Callable[..., Any], bound: Sequence[fx.Node]) -> fx.GraphModule:
         skip = len(self.binders)
-        trace = make_fx(lambda *values: function(*values[skip:]), decomposition_table=self.decompositions)
         with self.tracing():
-            traced = trace(*[distinct(node.meta["val"]) for node in bound])
-        traced.graph.eliminate_dead_code()
-        return traced
+            values = [distinct(node.meta["val"]) for node in bound]
+            trace = traced(lambda *values: function(*values[skip:]), values, decompositions=self.decompositions)
+        trace.graph.eliminate_dead_code()
+        return trace
 
     def _constant(self, value: Any) -> fx.Node:
         at = 0

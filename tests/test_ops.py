@@ -312,7 +312,7 @@ warnings.simplefilter("error")
 import torch
 from lbi_compile.kernels import ops, reference
 assert "lbi_compile.kernels.suffix_scan" not in sys.modules
-J, last, b = torch.randn(3, 2, 4, 4), torch.randn(2, 4), torch.randn(3, 2, 4)
+J, last, b = (torch.randn(*size, dtype=torch.float64) for size in ((3, 2, 4, 4), (2, 4), (3, 2, 4)))
 expected = reference.suffix_scan(J, last, b)
 assert torch.allclose(ops.suffix_scan(J, last, b), expected)
 on_cuda = ops._on_cuda("suffix_scan", "last")  # never asks where its tensors are

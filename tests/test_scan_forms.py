@@ -7,10 +7,11 @@ from itertools import product
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from lbi_compile._torch import FakeTensorMode, make_fx
+from lbi_compile._torch import FakeTensorMode
 from lbi_compile.errors import ScanShapeError
 from lbi_compile.kernels import cpu_scan, forms, ops, reference
 from lbi_compile.kernels.forms import Form, choose

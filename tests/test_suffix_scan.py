@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from lbi_compile._torch import FakeTensorMode, make_fx
+from lbi_compile._torch import FakeTensorMode
 from lbi_compile.kernels import reference
 from tests.scan_oracle import (
     K_SIZES,

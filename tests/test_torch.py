@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from lbi_compile import _torch
@@ -62,3 +63,14 @@ def test_a_missing_batching_rule_raises():
 
     with _torch.vmap_without_fallback(), pytest.raises(RuntimeError, match="vmap fallback which is currently disabled"):
         torch.vmap(backward)(torch.randn(5, 1, 2, 3, 4))
+
+
+def test_a_product_of_several_sizes_is_traced_whole(symbolic: tuple[SimpleNamespace, torch.Tensor]):
+    """A size that a trace meets first inside another object is rebuilt from its factors."""
+    mode, x = symbolic
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    y = mode.from_tensor(torch.zeros(5), symbolic_context=context, source=ConstantSource("y"))
+    known = 2 * x.shape[0] * y.shape[0]
+    with mode, _torch.enable_python_dispatcher():
+        gm = _torch.traced(lambda x, y: x.new_ones([known]), [x, y])
+    assert gm(torch.zeros(3, 4), torch.zeros(5)).shape == (2 * 3 * 5,)
