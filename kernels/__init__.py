@@ -1,1 +1,1 @@
-"""The scans over interface Jacobians and a soft-label cross entropy: references, Triton kernels, dispatching operators."""
+"""The scans over interface Jacobians and a soft-label cross entropy: references, Triton kernels, operators."""

@@ -105,7 +105,7 @@ functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def traced(
-    function: Callable[..., Any], values: Sequence[Any], *, decompositions: Mapping[Any, Callable[..., Any]] | None = None
+    function: Callable[..., Any], values: Sequence[Any], *, decompositions: Mapping[Any, Callable[..., Any]] | None
 ) -> fx.GraphModule:
     """The graph of what ``function`` does with fake values.
 
