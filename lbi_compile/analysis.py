@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from .passes.layouts import Layout, layout
 from .passes.liveness import LIVE, NUMBER, Liveness, is_float_tensor, liveness
 from .passes.partition import Partition, partition
 from .passes.positions import Outputs, later_inputs, outputs_along
+from .passes.repeats import form_of_nodes
 from .passes.separators import Separator, separators
 from .passes.validate import NOT_LATER, has_identity_path, settle_interface, settle_lanes, settle_readout
 from .plan import Decision, Lane, Part, PassRecord, Plan
@@ -340,6 +341,7 @@ class _Steps:
         order = {node: i for i, node in enumerate(evaluator.gm.graph.nodes)}
         self._order, self._inner = order, [node for node in order if live.kind.get(node) in (LIVE, NUMBER)]
         self._known: dict[tuple[fx.Node, fx.Node], bool] = {}
+        self._mixing: set[Hashable] = set()
 
     def position_wise(self, source: fx.Node, sink: fx.Node) -> bool:
         key = (source, sink)
@@ -354,7 +356,11 @@ class _Steps:
             return False
         fn = _measurable(self.evaluator, source, sink)
         nodes = self._between(source, sink)
-        return all(
+        # layers wired like one that mixes count as mixing too: with other weights they might not, but unsure is coupled
+        form = before, after, form_of_nodes(nodes, source=source, shapes=self.cost.shape)
+        if form in self._mixing:
+            return False
+        found = all(
             axes.classify(
                 nodes,
                 source=source,
@@ -369,6 +375,9 @@ class _Steps:
             == "position-wise"
             for axis_in, axis_out in zip(before.positions, after.positions, strict=True)
         )
+        if not found:
+            self._mixing.add(form)
+        return found
 
     def _between(self, source: fx.Node, sink: fx.Node) -> list[fx.Node]:
         """Live nodes after ``source`` up to ``sink`` in program order, with the sizes they use."""

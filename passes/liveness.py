@@ -152,10 +152,10 @@ def is_random(node: fx.Node) -> bool:
     if any(is_random(inner) for body in _bodies(node).values() for inner in body.graph.nodes):
         return True
     name = getattr(node.target, "__name__", "")
-    given = _arguments(node)
     if "scaled_dot_product" in name:
-        return given.get("dropout_p", 0.0) != 0.0
+        return _arguments(node).get("dropout_p", 0.0) != 0.0
     if "dropout" in name:
+        given = _arguments(node)
         return given.get("train") is not False and given.get("p") != 0.0
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 

@@ -1,15 +1,16 @@
-"""Repeats: tell that an operator meets arguments of a form it has met before, as in every layer of a deep model.
+"""Repeats: tell that operators meet arguments of a form that was met before, as in every layer of a deep model.
 
-Contract: an operator and its arguments on fake tensors in, a key out; nothing is changed.
+Contract: operators and their arguments in, a key out; nothing is changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from lbi_compile._torch import pytree
 
@@ -43,3 +44,28 @@ def form_of_call(target: Any, args: Any, kwargs: Any) -> Hashable | None:
     except TypeError:
         return None
     return key
+
+
+def form_of_nodes(nodes: Sequence[fx.Node], *, source: fx.Node, shapes: Mapping[fx.Node, Any]) -> Hashable:
+    """A key that is equal where operators are wired alike and read values of equal shapes from elsewhere.
+
+    Args:
+        nodes: The operators, in program order.
+        source: A node they read, which has to have the same part in them.
+        shapes: Sizes of every node that gives one tensor (``Costs.shape``).
+
+    Returns:
+        The key. Values read from elsewhere (weights, a mask) may differ under equal keys.
+    """
+    names = {source: f"source {shapes[source]}"}
+
+    def name(node: fx.Node) -> str:
+        if node not in names:
+            names[node] = f"from elsewhere {len(names)} {shapes.get(node)}"
+        return names[node]
+
+    form = []
+    for at, node in enumerate(nodes):
+        form.append((node.op, node.target, repr(map_arg((node.args, node.kwargs), name))))
+        names[node] = f"operator {at}"
+    return tuple(form)
