@@ -200,11 +200,9 @@ class _Emitter:
             if all(node.op == "placeholder" for node in nodes):
                 self.record.stacked_numbers += sum(node.meta["val"].numel() for node in nodes)
             parts = [self._item(node) for node in nodes]
-            if self.inductor:
-                parts = [self._call(aten.unsqueeze.default, (part, 0), tag) for part in parts]
-                made = self._call(aten.cat.default, (parts,), tag)
-            else:
-                made = self._call(aten.stack.default, (parts,), tag)
+            # Inductor would decompose a stack and then spend more time on a view for each part than one call takes
+            stack = aten._stack.default if self.inductor else aten.stack.default
+            made = self._call(stack, (parts,), tag)
         self.gathered[nodes, made.meta["partitioner_tag"]] = made
         return made
 
