@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,7 +215,8 @@ def distinct(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _decompositions() -> dict[Any, Callable[..., Any]]:
+@functools.cache  # torch collects its table anew, from all operators there are, whenever it is asked
+def _decompositions() -> Mapping[Any, Callable[..., Any]]:
     table: dict[Any, Callable[..., Any]] = {
         op: rule for op, rule in core_aten_decompositions().items() if "backward" in str(op)
     }
