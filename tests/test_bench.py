@@ -132,6 +132,21 @@ def test_judge_is_strict_about_each_tensor():
     assert not check.judge({}, {}, dtype=torch.float64, oracle="o").ok
 
 
+def test_nobody_is_asked_to_round_less_than_plain_autograd():
+    exact = {"w": torch.ones((), dtype=torch.float64)}
+    plain = {"w": torch.full((), 1.001)}
+    assert check.tolerance_beside(plain, exact, dtype=torch.float32) == pytest.approx(4e-3, rel=1e-3)
+    assert check.tolerance_beside(exact, exact, dtype=torch.float32) == 1e-4
+    oracle = compare.Oracle(lambda: exact, lambda: plain)
+
+    def cell(value: float) -> compare.Cell:
+        variant = Variant("own", "", lambda: contender(lambda: {"w": torch.full((), value)}), "o")
+        return compare.compare({"name": "case"}, [variant], {"o": oracle}, TERMS._replace(dtype=torch.float32))
+
+    assert cell(1.003).ok
+    assert not cell(1.005).ok
+
+
 def contender(tensors: Callable[[], Mapping[str, Tensor | None]]) -> Contender:
     return Contender({"step": Timed(lambda _: None)}, tensors, lambda: None)
 
@@ -141,7 +156,7 @@ def right() -> Contender:
 
 
 def compared(*variants: Variant) -> compare.Cell:
-    return compare.compare({"name": "case"}, variants, {"o": lambda: RIGHT}, TERMS)
+    return compare.compare({"name": "case"}, variants, {"o": compare.Oracle(lambda: RIGHT)}, TERMS)
 
 
 def test_a_right_cell_has_ratios():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lbi_compile.errors import LBIError
 
-from .check import Check, judge
+from .check import Check, judge, tolerance_beside
 from .measure import Ratio, Spread, Timed, paired, peak_bytes, ratios
 
 OK, WRONG, GAVE_UP, CANNOT = "ok", "wrong", "gave up", "cannot run"
@@ -40,6 +40,18 @@ class Contender(NamedTuple):
     moved: int = 0
     held: int = 0
     about: Callable[[], str] = str
+
+
+class Oracle(NamedTuple):
+    """What variants should give.
+
+    Attributes:
+        exact: Gives it, in float64 where ``plain`` is there.
+        plain: Gives what the simplest way to compute it gives in the run's dtype: nobody is asked to round less.
+    """
+
+    exact: Callable[[], Mapping[str, Tensor | None]]
+    plain: Callable[[], Mapping[str, Tensor | None]] | None = None
 
 
 class Variant(NamedTuple):
@@ -134,7 +146,7 @@ class Terms(NamedTuple):
 def compare(
     case: Mapping[str, Any],
     variants: Sequence[Variant],
-    oracles: Mapping[str, Callable[[], Mapping[str, Tensor | None]]],
+    oracles: Mapping[str, Oracle],
     how: Terms,
 ) -> Cell:
     """Build, check and time variants. No speed is given where one that ran is wrong, before the rounds or after them.
@@ -145,7 +157,7 @@ def compare(
         oracles: What the variants should give, by the name of the oracle.
         how: Rounds, device and limits.
     """
-    expected = {name: _copied(run()) for name, run in oracles.items()}
+    expected = {name: _Expected.of(oracle, name, how.dtype) for name, oracle in oracles.items()}
     rows: dict[str, Row] = {}
     running: dict[str, Contender] = {}
     for variant in variants:
@@ -167,7 +179,7 @@ def compare(
             if variant.name not in running:
                 continue
             row, contender = rows[variant.name], running[variant.name]
-            again = _judged(contender, variant, expected[variant.oracle], how)
+            again = expected[variant.oracle].judge(contender, how.dtype)
             if not again.ok:
                 rows[variant.name] = replace(row, status=WRONG, note="wrong after the rounds", check=again)
                 continue
@@ -179,7 +191,23 @@ def compare(
     return Cell(case, right and bool(running), tuple(rows.values()), tuple(found))
 
 
-def _start(variant: Variant, expected: Mapping[str, Tensor | None], how: Terms) -> tuple[Row, Contender | None]:
+class _Expected(NamedTuple):
+    tensors: Mapping[str, Tensor | None]
+    tolerance: float | None
+    name: str
+
+    @classmethod
+    def of(cls, oracle: Oracle, name: str, dtype: torch.dtype) -> _Expected:
+        tensors, tolerance = _copied(oracle.exact()), None
+        if oracle.plain is not None:
+            tolerance = tolerance_beside(oracle.plain(), tensors, dtype=dtype)
+        return cls(tensors, tolerance, name)
+
+    def judge(self, contender: Contender, dtype: torch.dtype) -> Check:
+        return judge(contender.tensors(), self.tensors, dtype=dtype, oracle=self.name, tolerance=self.tolerance)
+
+
+def _start(variant: Variant, expected: _Expected, how: Terms) -> tuple[Row, Contender | None]:
     row = Row(variant.name, variant.what, variant.baseline, OK)
     start = time.perf_counter()
     try:
@@ -198,14 +226,10 @@ def _start(variant: Variant, expected: Mapping[str, Tensor | None], how: Terms) 
     row = replace(row, moved=contender.moved)
     if variant.compiled:
         row = replace(row, compile_seconds=time.perf_counter() - start)
-    check = _judged(contender, variant, expected, how)
+    check = expected.judge(contender, how.dtype)
     if check.ok:
         return replace(row, check=check), contender
     return replace(row, status=WRONG, note=f"{check.worst} is off by {check.error:.1e}", check=check), None
-
-
-def _judged(contender: Contender, variant: Variant, expected: Mapping[str, Tensor | None], how: Terms) -> Check:
-    return judge(contender.tensors(), expected, dtype=how.dtype, oracle=variant.oracle)
 
 
 def _copied(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:

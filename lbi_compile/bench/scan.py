@@ -13,7 +13,7 @@ from lbi_compile import _torch
 from lbi_compile.kernels import ops, reference
 
 from . import graphs
-from .compare import Cell, Contender, Terms, Variant, compare
+from .compare import Cell, Contender, Oracle, Terms, Variant, compare
 from .measure import Timed, paired
 
 ORACLE = "kernels/reference.py in float64"
@@ -110,7 +110,7 @@ def cell(*, K: int, N: int, r: int, terms: Terms, only: tuple[str, ...] = NAMES,
         if name in only
     ]
     with torch.no_grad():
-        return compare({"name": "scan", "K": K, "N": N, "r": r}, variants, {ORACLE: oracle}, terms)
+        return compare({"name": "scan", "K": K, "N": N, "r": r}, variants, {ORACLE: Oracle(oracle)}, terms)
 
 
 def cells(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,12 +15,12 @@ from lbi_compile.passes import scan_backward
 
 from . import cases, graphs, hand
 from .cases import Case
-from .compare import Cell, Contender, Terms, Variant, compare
+from .compare import Cell, Contender, Oracle, Terms, Variant, compare
 from .measure import Timed
 
 # Steps in which the chooser behind `auto` times the engines.
 _SETTLING = 3 * (auto.ROUNDS + 1)
-BOUNDED, DENSE = "eager autograd of the bounded model", "eager autograd of the dense model"
+BOUNDED, DENSE = "eager autograd of the bounded model in float64", "eager autograd of the dense model in float64"
 
 
 class Setting(NamedTuple):
@@ -180,14 +181,26 @@ def cell(case: Case, *, terms: Terms, only: Sequence[str] = NAMES, cuda_graphs: 
         )
         for form in chosen
     ]
+    exact = _in_float64(setting)
     oracles = {
-        oracle: _contender(make(setting), setting).tensors
+        oracle: Oracle(_contender(make(exact), exact).tensors, _contender(make(setting), setting).tensors)
         for oracle, make in ((BOUNDED, _engine("autograd")), (DENSE, _dense))
     }
     about = {key: value for key, value in case._asdict().items() if key != "size"}
     about |= {key: value for key, value in case.size._asdict().items() if value is not None}
     about["readout"], about["cell"] = bounded.plan.readout, bounded.plan.cell
     return compare(about, variants, oracles, terms)
+
+
+def _in_float64(setting: Setting) -> Setting:
+    """The same models with the same numbers in float64."""
+    case, x = setting.case, setting.x
+    dense = copy.deepcopy(setting.dense).double()
+    example = case.example(dtype=torch.float64, device=x.device)
+    bounded = lbi_compile.transform(dense, example, regions=case.starts, r=case.r, interface=case.interface)
+    bounded.load_state_dict(setting.bounded.state_dict())
+    wide = x.double() if x.is_floating_point() else x
+    return Setting(case, dense, bounded, wide, setting.loss)
 
 
 def _contender(
