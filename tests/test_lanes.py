@@ -18,7 +18,6 @@ from lbi_compile.passes.lanes import Cut, allocate, crossing, gathering_tail, ma
 from lbi_compile.passes.liveness import PARAMETER, PARAMETER_ONLY, is_random
 from lbi_compile.passes.separators import separators
 from lbi_compile.passes.windows import several_lanes
-from lbi_compile.verify import relative_errors
 from tests.dags import Dag, Found, Step, find, recipes, run, trace
 from tests.lane_models import Conditioned, EncoderDecoder, Recurrent, UNet
 
@@ -80,9 +79,7 @@ def _check(model: nn.Module, inputs: tuple[Tensor, ...], regions: int) -> Cut | 
     assert draws == sorted(draws)
     program = pieces(found, cut)
     got, wanted = trace(model, lambda: run(program, list(inputs))), trace(model, lambda: model(*inputs))
-    # a cut may run independent operations in another order, in which autograd then sums their gradients
-    assert [what for what in got.differences(wanted) if not what.startswith("gradient")] == []
-    assert max(relative_errors(got.gradients, wanted.gradients).values()) < 1e-13
+    assert got.differences(wanted, reordered=True) == []
     return cut
 
 

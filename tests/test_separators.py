@@ -98,6 +98,7 @@ def test_sweep_equals_node_removal(steps: list[Step], tap: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @settings(max_examples=400, **_PROPERTY)
 @given(recipes(longest=20), st.booleans())
 def test_sweep_equals_node_removal_on_many_graphs(steps: list[Step], tap: bool) -> None:
@@ -116,6 +117,7 @@ def test_sweep_equals_dominators_where_nothing_is_written(steps: list[Step]) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @settings(max_examples=300, **_PROPERTY)
 @given(recipes(QUIET, longest=20))
 def test_sweep_equals_dominators_on_many_graphs(steps: list[Step]) -> None:
