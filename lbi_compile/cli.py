@@ -21,9 +21,10 @@ import torch
 from . import demo, engines, sources
 from .analysis import locate
 from .bench import arguments as bench_arguments
+from .bounded import LOCAL
 from .capture import as_inputs, capture
 from .errors import LBIError, PlanError
-from .plan import Plan
+from .plan import EXACT, Plan
 from .render import files as drawings
 from .render.graph import picture
 from .render.report import ReportView
@@ -86,8 +87,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
     files = _files(options)
     model, inputs = _load(options)
-    bounded = transform(model, inputs, **_cut(options), **_training_side(options))
-    engine = engines.choose(bounded.backward, boundaries=bounded.boundaries)
+    bounded = transform(model, inputs, **_cut(options), credit=options.credit, **_training_side(options))
+    local = bounded.credit is not None
+    engine = LOCAL if local else engines.choose(bounded.backward, boundaries=bounded.boundaries)
     _print_plan(PlanView(bounded.plan, engine=str(engine), why=options.why), options)
     _draw(files, model, inputs, bounded.plan, engine=str(engine))
     return OK
@@ -98,7 +100,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     files = _files(options)
     model, inputs = _load(options)
-    made = plan(model, inputs, **_cut(options))
+    made = plan(model, inputs, **_cut(options), credit=options.credit)
     _print_plan(PlanView(made, why=options.why), options)
     _draw(files, model, inputs, made)
     return OK
@@ -108,7 +110,7 @@ def _verify(options: argparse.Namespace) -> int:
     from . import transform, verify
 
     model, inputs = _load(options)
-    bounded = transform(model, inputs, **_cut(options), **_training_side(options))
+    bounded = transform(model, inputs, **_cut(options), credit=options.credit, **_training_side(options))
     report = verify(bounded, inputs)
     _print_record(report) if options.json else show(ReportView(report))
     return OK if report.ok else NOT_OK
@@ -195,6 +197,12 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         _add_source(command)
         _add_cut(command, regions=8)
+        command.add_argument(
+            "--credit",
+            default=EXACT,
+            metavar="NAME",
+            help="how regions are taught: exact, sid, hbll (default: %(default)s)",
+        )
         if run is not _plan:
             _add_backward(command, "auto")
         if run is not _verify:

@@ -10,7 +10,10 @@ from typing import Any
 
 from .errors import PlanError
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
+
+# Credit of plans whose bounded model is taught by its true gradient.
+EXACT = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,7 @@ class Plan:
             empty where every boundary is one lane of the canvas's shape, which is then the region's ``end``.
         shared: Values beside the canvas that every region may read, because next to no work leads to them.
         gather: Where a final stack or concatenation of the regions' outputs ends; it belongs to the head.
+        credit: How regions are taught: ``"exact"``, or the name of a local rule, which then says itself what crosses.
     """
 
     model: str
@@ -184,6 +188,7 @@ class Plan:
     lanes: tuple[Lane, ...] = ()
     shared: tuple[Point, ...] = ()
     gather: Point | None = None
+    credit: str = EXACT
 
     @property
     def boundaries(self) -> tuple[Point, ...]:

@@ -15,7 +15,7 @@ from .bounded import BoundedModule
 from .calls import ShapeCheck
 from .capture import Capture, Inputs, as_inputs, capture, default_inputs, fresh, raise_if_unfit, undisturbed
 from .credit import Credit, as_credit
-from .credit.build import analyse_local, build_local, no_graph, refuse_exact_options
+from .credit.build import analyse_local, build_local, no_graph, refuse_exact_options, refuse_local_plan
 from .errors import (
     BatchCouplingError,
     CaptureError,
@@ -103,6 +103,7 @@ def plan(
     interface: str = "auto",
     cell: str = "auto",
     readout: str = "auto",
+    credit: str | Credit = "exact",
 ) -> Plan:
     """Say how ``transform`` would cut ``model``; nothing is inserted.
 
@@ -113,15 +114,17 @@ def plan(
     Example:
         >>> print(lbi_compile.plan(model, x, regions=8).boundaries)
     """
-    options = _options(model, regions, r, interface, cell, readout, "auto", False, 0)
+    options = _options(model, regions, r, interface, cell, readout, "auto", False, 0, credit)
     inputs = as_inputs(model, example_inputs)
     try:
         found, refused = None if is_hooked(options.regions) else capture(model, inputs), None
     except CaptureError as error:
         found, refused = None, error
+    if found is None and options.credit is not None:
+        raise no_graph(options.credit, refused)
     if found is None:
         return hooked.analyse(model, fresh(inputs), options, refused)[0]
-    return analyse(model, found, options).plan
+    return _analyse(model, found, options).plan
 
 
 def _options(
@@ -171,7 +174,9 @@ def _options(
     if cell != "auto" and cell not in CELLS:
         raise OptionError(f"cell={cell!r}", expected=f"auto or one of {', '.join(CELLS)}", do="name one")
     rule = as_credit(credit)
-    if rule is not None:
+    if rule is None:
+        refuse_local_plan(regions)
+    else:
         refuse_exact_options(rule, interface=interface, cell=cell, readout=readout, backward=backward)
     engine = engines.check_request(backward)
     return Options(regions, r, interface, cell, readout, engine, allow_leak, seed, rule, bool(batch_regions))
@@ -189,6 +194,10 @@ def build(bounded: BoundedModule, inputs: Inputs) -> None:
         raise
 
 
+def _analyse(model: nn.Module, found: Capture, options: Options) -> Analysis:
+    return analyse(model, found, options) if options.credit is None else analyse_local(model, found, options)
+
+
 def _build(bounded: BoundedModule, inputs: Inputs) -> None:
     model, options = bounded.source, bounded._options
     try:
@@ -199,7 +208,7 @@ def _build(bounded: BoundedModule, inputs: Inputs) -> None:
         raise no_graph(options.credit, refused)
     if found is None:
         return hooked.build(bounded, inputs, refused)
-    analysis = analyse(model, found, options) if options.credit is None else analyse_local(model, found, options)
+    analysis = _analyse(model, found, options)
     program = _insert(bounded, analysis)
     interface = _interface(bounded, analysis, program)
     check = _check(analysis, interface)

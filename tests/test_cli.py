@@ -116,6 +116,21 @@ def test_verify_that_fails_exits_with_1(run, text, monkeypatch):
     assert out.startswith("verify: FAILED\n")
 
 
+def test_credit_is_shown_and_kept_in_the_plan(run, text, tmp_path):
+    code, out, _ = run("inspect", text, *CUT, "--credit", "sid")
+    assert code == 0
+    assert "credit     sid  (asked for" in out
+    assert "engine     autograd (local credit" in out
+    _, exact, _ = run("inspect", text, *CUT)
+    assert "credit" not in exact
+    _, made, _ = run("plan", text, *CUT, "--credit", "hbll", "--json")
+    assert Plan.from_json(made).credit == "hbll"
+    (tmp_path / "plan.json").write_text(made)
+    code, _, err = run("inspect", text, "--regions", str(tmp_path / "plan.json"))
+    assert code == 2
+    assert "a plan made for credit='hbll' with credit='exact'" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -125,6 +140,7 @@ def test_verify_that_fails_exits_with_1(run, text, monkeypatch):
         (("plan", "{text}", "--r", "0"), "LatentWidthError"),
         (("plan", "{text}", "--interface", "nonsense"), "InterfaceError"),
         (("inspect", "{text}", "--backward", "nonsense"), "OptionError"),
+        (("plan", "{text}", "--credit", "nonsense"), "OptionError"),
         (("plan", "{text}", "--regions", "missing.json"), "PlanError"),
         (("verify", "{number}"), "NotAModuleError"),
         (("demo", "--r", "0"), "LatentWidthError"),

@@ -11,11 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from lbi_compile import SID, DoubleBackwardError, InterfaceError, OptionError, transform
+from lbi_compile import SID, DoubleBackwardError, InterfaceError, OptionError, Plan, plan, transform
 from lbi_compile.capture import Inputs
 from lbi_compile.credit.check import Saved, crossings, local_checks, nodes_behind, region_calls
 from lbi_compile.credit.losses import forward_divergence, reverse_divergence
 from lbi_compile.credit.targets import Targets
+from lbi_compile.errors import PlanError
 from tests.credit_models import (
     CLASSES,
     both_schedules,
@@ -488,6 +489,21 @@ def test_recurrent_net():
     assert crossings(calls) == []
     assert [name for name, g in found.items() if g is None] == []
     assert bounded(x).shape == (5, CLASSES)
+
+
+def test_plans_know_their_credit():
+    model, x, _ = problem()
+    exact, *local = (plan(model, x, regions=2, r=4, credit=credit) for credit in ("exact", "sid", "hbll"))
+    assert [made.credit for made in (exact, *local)] == ["exact", "sid", "hbll"]
+    assert len({made.hash for made in (exact, *local)}) == 3
+    bounded = transform(model, x, regions=2, r=4, credit="sid")
+    assert bounded.plan.hash == local[0].hash
+    assert Plan.from_json(bounded.plan.to_json()) == bounded.plan
+    # a local plan holds a cut for other local rules, but no interface for exact credit
+    assert transform(model, x, regions=local[0], credit="hbll").plan.hash == local[1].hash
+    for make in (plan, transform):
+        with pytest.raises(PlanError, match="made for credit='sid' with credit='exact'"):
+            make(model, x, regions=local[0])
 
 
 def test_same_cut_as_exact_credit():

@@ -25,6 +25,12 @@ def test_json_round_trip():
     assert again.to_json() == plan.to_json()
 
 
+def test_credit_comes_back():
+    plan = dataclasses.replace(records.plan(), credit="hbll")
+    assert Plan.from_json(plan.to_json()).credit == "hbll"
+    assert plan.hash != dataclasses.replace(plan, credit="sid").hash
+
+
 def test_boundaries_lie_between_regions():
     assert [point.name for point in records.plan().boundaries] == ["blocks.1:add[1]", "extra.3:add[1]"]
 
@@ -48,6 +54,7 @@ def test_hash_ignores_reasons_times_and_example_sizes():
         {"cell": "linear"},
         {"readout": "last"},
         {"r": 8},
+        {"credit": "sid"},
         {"canvas": records.point("stem")},
         {"regions": records.plan().regions[:2]},
     ],
@@ -63,6 +70,8 @@ def test_hash_tells_plans_apart(change):
         (edited(r=8), "on a plan whose content hashes to"),
         (edited(hash="0" * 16), "hash 0000000000000000 on a plan"),
         (edited(regions=json.loads(records.plan().to_json())["regions"][:2]), "on a plan whose content hashes to"),
+        (edited(credit="sid"), "on a plan whose content hashes to"),
+        (edited(version=2), "a plan of version 2"),
         (edited(version=99), "a plan of version 99"),
         (edited(surprise=1), "surprise"),
         (edited(canvas="embed"), "text that is no plan"),

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..errors import CaptureError, InterfaceError, LBIError, OptionError
+from ..errors import CaptureError, InterfaceError, LBIError, OptionError, PlanError
 from ..passes.insert import Program
-from ..plan import Decision, Plan
+from ..plan import EXACT, Decision, Plan
 from .base import Credit, LocalCredit
 from .site import find_site
 
@@ -32,6 +32,20 @@ def refuse_exact_options(rule: Credit, **given: str) -> None:
                 expected=f"no {name}: the rule itself says what crosses and how it is taught",
                 do=f'leave {name} out, or use credit="exact"',
             )
+
+
+def refuse_local_plan(regions: object) -> None:
+    """Refuse the plan of a local rule where exact credit is asked for: nothing that carries a gradient crosses in it.
+
+    Raises:
+        PlanError: It is one.
+    """
+    if isinstance(regions, Plan) and regions.credit != EXACT:
+        raise PlanError(
+            f"a plan made for credit={regions.credit!r} with credit='exact'",
+            expected="a plan made for exact credit, which says what interface crosses",
+            do=f"pass credit={regions.credit!r}, or make the plan anew without credit",
+        )
 
 
 def no_graph(rule: Credit, refused: CaptureError | None) -> CaptureError:
@@ -58,7 +72,8 @@ def analyse_local(model: nn.Module, found: Capture, options: Options) -> Analysi
 
     assert options.credit is not None
     if isinstance(options.regions, Plan):
-        return analyse(model, found, dataclasses.replace(options, regions=_without_interface(options.regions)))
+        given = _without_interface(options.regions, options.credit)
+        return analyse(model, found, dataclasses.replace(options, regions=given))
     analysis = analyse(model, found, dataclasses.replace(options, interface="pooled"))
     if any(len(points) > 1 for points in analysis.plan.crossings):
         try:
@@ -69,21 +84,29 @@ def analyse_local(model: nn.Module, found: Capture, options: Options) -> Analysi
                 expected="one value at every boundary: a local rule puts one latent there",
                 do='ask for fewer regions, name boundaries where one value crosses, or use credit="exact"',
             ) from error
-    made = _without_interface(analysis.plan)
-    why = [decision for decision in made.why if decision.about not in ("interface", "cell", "readout")]
-    why.append(Decision("credit", options.credit.name, "asked for: every region has an objective of its own"))
-    analysis.plan = dataclasses.replace(made, why=tuple(why))
+    analysis.plan = _without_interface(analysis.plan, options.credit)
     return analysis
 
 
-def _without_interface(made: Plan) -> Plan:
-    """The same cut with nothing of exact credit at its boundaries."""
+def _without_interface(made: Plan, rule: Credit) -> Plan:
+    """The same cut for a local rule, with nothing of exact credit at its boundaries."""
     regions = tuple(
         dataclasses.replace(region, finish=None, own_finish=False, forward_bytes=0, backward_bytes=0)
         for region in made.regions
     )
     kind = "none" if len(regions) == 1 else "zero"
-    return dataclasses.replace(made, regions=regions, interface=kind, cell=None, chunk=None, readout="last")
+    why = [decision for decision in made.why if decision.about not in ("interface", "cell", "readout", "credit")]
+    why.append(Decision("credit", rule.name, "asked for: every region has an objective of its own"))
+    return dataclasses.replace(
+        made,
+        regions=regions,
+        interface=kind,
+        cell=None,
+        chunk=None,
+        readout="last",
+        credit=rule.name,
+        why=tuple(why),
+    )
 
 
 def build_local(model: nn.Module, analysis: Analysis, program: Program, options: Options) -> LocalCredit:

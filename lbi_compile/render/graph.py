@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lbi_compile.naming import Naming
 from lbi_compile.passes.liveness import CONSTANT, INPUT, LIVE, PARAMETER_ONLY, is_float_tensor
 from lbi_compile.passes.names import module_path, operator_name
-from lbi_compile.plan import Lane, Part, Plan, RegionPlan
+from lbi_compile.plan import EXACT, Lane, Part, Plan, RegionPlan
 
 from .text import count, shape, size
 
@@ -426,6 +426,8 @@ def summary(plan: Plan, engine: str | None = None) -> Iterable[tuple[str, str]]:
     yield "regions", f"{len(plan.regions)}, latent width r = {plan.r}"
     yield "interface", because(crossing(plan), "interface")
     yield "readout", because(plan.readout, "readout")
+    if plan.credit != EXACT:
+        yield "credit", because(plan.credit, "credit")
     if engine:
         yield "engine", engine
     yield "balance", f"largest over mean region {balance(work):.2f}"

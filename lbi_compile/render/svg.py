@@ -221,7 +221,7 @@ def _lines(made: Drawing) -> Iterator[str]:
 
 def _facts(picture: Picture) -> str:
     facts = dict(picture.summary)
-    named = ("regions", "interface", "readout", "hash")
+    named = ("regions", "interface", "credit", "readout", "hash")
     return " · ".join(f"{name} {facts[name].partition(' (')[0]}" for name in named if name in facts)
 
 

@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.text import Text
 from rich.tree import Tree
 
-from lbi_compile.plan import Decision, Part, Plan, RegionPlan
+from lbi_compile.plan import EXACT, Decision, Part, Plan, RegionPlan
 
 from .text import bar, count, facts, layers, plain, shape, size
 
@@ -91,6 +91,8 @@ def _header(plan: Plan, engine: str | None) -> Iterator[tuple[str, RenderableTyp
         yield "capture", _because("child modules, opaque", reasons["capture"])
     yield "interface", _because(_crossing(plan), reasons.get("interface"))
     yield "readout", _because(plan.readout, reasons.get("readout"))
+    if plan.credit != EXACT:
+        yield "credit", _because(plan.credit, reasons.get("credit"))
     if engine:
         yield "engine", engine
     yield "canvas", f"{plan.canvas.name}  {shape(plan.canvas)}"
