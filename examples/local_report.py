@@ -1,0 +1,159 @@
+"""The table and the figure of the comparison of local credit rules, made of its rows."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data import package
+from local_arms import ARMS
+
+Row = Mapping[str, Any]
+
+
+def judged(rows: Sequence[Row], arm: str, wrong: float) -> list[dict[str, Any]]:
+    """What was found on the test split for an arm at a share of wrong classes, one for each seed."""
+    return [
+        row["found"]
+        for row in rows
+        if row["what"]["arm"] == arm and row["what"]["judge"] == "test" and row["what"]["wrong"] == wrong
+    ]
+
+
+def mean(values: Sequence[float]) -> str:
+    """Mean and standard deviation of several seeds, as a cell of a table."""
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: accuracy by arm and share of wrong classes, regions of SID, paths of HBLL, what was aimed at.
+
+    Args:
+        rows: Of one budget, as ``Rows.all`` gives them.
+    """
+    shares = sorted({row["what"]["wrong"] for row in rows if row["what"]["judge"] == "test"})
+    lines = ["| arm | settings tried | chosen | " + " | ".join(f"{share:.0%} wrong" for share in shares) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(shares))
+    for name, arm in ARMS.items():
+        tested = [row for row in rows if row["what"]["arm"] == name and row["what"]["judge"] == "test"]
+        if not tested:
+            continue
+        tried = sum(row["what"]["arm"] == name and row["what"]["judge"] == "validation" for row in rows)
+        chosen = ", ".join(
+            " ".join(map(str, value)) if isinstance(value, list) else f"{setting} {value}"
+            for setting, value in tested[0]["what"]["chosen"].items()
+        )
+        cells = [mean([found["accuracy"] for found in judged(rows, name, share)]) for share in shares]
+        lines.append(f"| {arm.label} | {tried} | {chosen} | {' | '.join(cells)} |")
+    lines += ["", *_regions(rows), *_paths(rows), *_aims(rows)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _regions(rows: Sequence[Row]) -> list[str]:
+    found = {name: judged(rows, name, 0.0) for name in ("alone", "sid")}
+    if not found["sid"]:
+        return []
+    count = len(found["sid"][0]["regions"])
+    lines = ["| accuracy of region | " + " | ".join(str(k + 1) for k in range(count)) + " |", "|---|" + "---|" * count]
+    for name, results in found.items():
+        if results:
+            cells = [mean([result["regions"][k] for result in results]) for k in range(count)]
+            lines.append(f"| {ARMS[name].label} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _paths(rows: Sequence[Row]) -> list[str]:
+    found = judged(rows, "hbll", 0.0)
+    if not found:
+        return []
+    lines = ["| path of HBLL | accuracy | FLOPs of one picture |", "|---|---|---|"]
+    lines.append(f"| linear probe on the canvas | {mean([one['probe'] for one in found])} | |")
+    for hops, flops in found[0]["flops"].items():
+        lines.append(f"| {hops} hops | {mean([one['paths'][hops] for one in found])} | {flops:,} |")
+    return [*lines, ""]
+
+
+def aims(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
+    """What was aimed at: in words, what was found, and the least that reaches it."""
+
+    def at(arm: str, share: float = 0.0) -> float | None:
+        found = judged(rows, arm, share)
+        return statistics.fmean(one["accuracy"] for one in found) if found else None
+
+    bp, none, sid, hbll = (at(name) for name in ("bp", "bp0", "sid", "hbll"))
+    made: list[tuple[str, float, float]] = []
+    if bp is None or none is None:
+        return made
+    made.append(("backprop, 8 blocks against 0 blocks", bp - none, 5.0))
+    for label, value, least in (("SID", sid, -1.5), ("HBLL, all hops,", hbll, -2.5)):
+        if value is not None:
+            made.append((f"{label} against backprop", value - bp, least))
+            made.append((f"{label} above 0 blocks, as a share of the gap", (value - none) / (bp - none), 0.5))
+    noisy, other = at("bp", 0.4), at("sid", 0.4)
+    if noisy is not None and other is not None:
+        made.append(("SID against backprop, 40% wrong classes", other - noisy, 2.0))
+    found = judged(rows, "hbll", 0.0)
+    if found:
+        probe = statistics.fmean(one["probe"] for one in found)
+        paths = [statistics.fmean(one["paths"][hops] for one in found) for hops in found[0]["paths"]]
+        made.append(("shortest path of HBLL against a linear probe", paths[0] - probe, 0.0))
+        rise = min((b - a for a, b in itertools.pairwise(paths)), default=0.0)
+        made.append(("least rise of HBLL from one path to the next", rise, 0.0))
+    return made
+
+
+def _aims(rows: Sequence[Row]) -> list[str]:
+    made = aims(rows)
+    if not made:
+        return []
+    lines = ["| aim | found | at least | |", "|---|---|---|---|"]
+    for words, value, least in made:
+        lines.append(f"| {words} | {value:+.2f} | {least:+.2f} | {'reached' if value >= least else 'missed'} |")
+    return lines
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw accuracy over the share of wrong classes, and of the paths of HBLL over their hops.
+
+    Args:
+        rows: As for ``table``.
+        path: The PNG file.
+
+    Raises:
+        PackageError: ``matplotlib`` is not installed.
+    """
+    figure_of = package("matplotlib.figure", needed_for="the figure")
+    figure = figure_of.Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set(xlabel="training pictures with a wrong class, %", ylabel="test accuracy, %")
+    for name, arm in ARMS.items():
+        shares = sorted({row["what"]["wrong"] for row in rows if judged(rows, name, row["what"]["wrong"])})
+        if shares:
+            found = [[one["accuracy"] for one in judged(rows, name, share)] for share in shares]
+            middle = [statistics.fmean(values) for values in found]
+            reach = [[abs(m - edge(values)) for m, values in zip(middle, found, strict=True)] for edge in (min, max)]
+            left.errorbar([100 * share for share in shares], middle, reach, label=arm.label, capsize=2, marker=".")
+    found = judged(rows, "hbll", 0.0)
+    right.set(xlabel="hops of HBLL", ylabel="test accuracy, %", xscale="log")
+    if found:
+        hops = list(found[0]["paths"])
+        for one in found:
+            right.plot([int(n) for n in hops], [one["paths"][n] for n in hops], "o-", color="C0", alpha=0.5)
+        right.axhline(
+            statistics.fmean(one["probe"] for one in found), color="C1", ls=":", label="linear probe on canvas"
+        )
+        right.set_xticks([int(n) for n in hops], hops)
+        right.minorticks_off()
+    whole = judged(rows, "bp", 0.0)
+    if whole:
+        level = statistics.fmean(one["accuracy"] for one in whole)
+        right.axhline(level, color="C2", ls="--", label=ARMS["bp"].label)
+    left.legend(fontsize="small")
+    if found or whole:
+        right.legend(fontsize="small")
+    figure.savefig(path, dpi=130)
