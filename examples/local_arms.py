@@ -6,6 +6,7 @@ steps, falling learning rate) is the same for all.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,8 +52,8 @@ ARMS = {
     "bp0": Arm("backprop, 0 blocks", fixed={"depth": 0}),
     "bp1": Arm("backprop, 1 block", fixed={"depth": 1}),
     "alone": Arm("regions alone, no latent", "sid", {"belief": "none", "alpha": 1.0}, (_ADAM,)),
-    "sid": Arm("SID", "sid", {}, (_ADAM, ("alpha", (0.5, 0.2, 0.35, 0.8, 1.0)), ("readout", ("private", "shared")))),
-    "hbll": Arm("HBLL", "hbll", {}, (_ADAM, ("match", (1.0, 0.3, 0.1, 0.0)), ("r", (16, 32)))),
+    "sid": Arm("SID", "sid", {}, (_ADAM, ("alpha", (0.5, 0.25, 0.8, 1.0)), ("readout", ("private", "shared")))),
+    "hbll": Arm("HBLL", "hbll", {}, (_ADAM, ("match", (1.0, 0.3, 0.0)), ("r", (16, 32)))),
 }
 
 
@@ -70,7 +71,7 @@ class Budget:
 
     width: int = 32
     depth: int = 8
-    steps: int = 1500
+    steps: int = 1000
     batch: int = 128
     copies: int = 40
 
@@ -134,7 +135,9 @@ def fit(
         OptionError: The loss is no number any more.
     """
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    made = torch.optim.Adam(own, rate) if optimizer == "adam" else torch.optim.SGD(own, rate, momentum=0.9)
+    # fused: many small parameters, whose steps would cost more than the gradients
+    kind: Any = torch.optim.Adam if optimizer == "adam" else functools.partial(torch.optim.SGD, momentum=0.9)
+    made = kind(own, rate, fused=True)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(made, steps)
     order = torch.Generator().manual_seed(seed)
     value = torch.zeros(())

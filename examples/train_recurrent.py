@@ -123,7 +123,7 @@ class Budget:
 
     width: int = 64
     r: int = 32
-    steps: int = 1500
+    steps: int = 1000
     batch: int = 64
 
 
