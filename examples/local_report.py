@@ -23,11 +23,21 @@ def judged(rows: Sequence[Row], arm: str, wrong: float) -> list[dict[str, Any]]:
     ]
 
 
-def mean(values: Sequence[float]) -> str:
-    """Mean and standard deviation of several seeds, as a cell of a table."""
+def mean(values: Sequence[float], *, digits: int = 1) -> str:
+    """Mean and standard deviation of several seeds, as a cell of a table.
+
+    Args:
+        values: One for each seed.
+        digits: After the point.
+
+    Example:
+        >>> mean([1.0, 2.0, 3.0])
+        '2.0 ± 1.0'
+    """
     if not values:
         return ""
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -19,7 +19,7 @@ from models import ARCHITECTURES, PRESETS, preset
 from rich.console import Console
 from run_folder import draw_curves
 from torch import Tensor, nn
-from training import DENSE, Settings, make_model, train
+from training import CREDITS, DENSE, Settings, make_model, train
 
 import lbi_compile
 from lbi_compile.errors import LBIError, OptionError
@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--layers", type=int, help="blocks, in place of the size's")
     model.add_argument("--length", type=int, help="positions T, in place of the size's")
     model.add_argument("--interface", default=default.interface, help="of transform; dense: train the model itself")
+    model.add_argument("--credit", choices=CREDITS, default=default.credit, help="how regions are taught")
     model.add_argument("--regions", type=int, metavar="K", help="regions, in place of the size's")
     model.add_argument("--r", type=int, default=default.r, help="latent width")
     for name in ("cell", "readout", "backward"):

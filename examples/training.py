@@ -20,9 +20,12 @@ from run_folder import CHECKPOINT, Log, State
 from torch import Tensor, nn
 
 import lbi_compile
+from lbi_compile import SID, BoundedModule
 from lbi_compile.errors import LBIError, OptionError
 
 DENSE = "dense"
+# alone: every region reads the canvas and nothing of the region before, and learns from the target only
+CREDITS: dict[str, str | SID] = {"exact": "exact", "sid": "sid", "hbll": "hbll", "alone": SID(alpha=1.0, belief="none")}
 _LINES = 20  # lines of progress where there is no terminal to draw a bar on
 
 
@@ -48,6 +51,8 @@ class Settings:
         layers: Blocks; by default those of the size.
         length: Positions T; by default those of the size.
         interface: Of ``transform``, or ``dense``: train the model itself.
+        credit: How regions are taught: ``exact``, or a local rule of ``CREDITS``; the training loss is then the sum of
+            the regions' own losses.
         regions: Regions K; by default those of the size.
         r: Latent width R.
         readout: Of ``transform``, like ``cell``, ``backward`` and ``allow_leak``.
@@ -70,6 +75,7 @@ class Settings:
     layers: int | None = None
     length: int | None = None
     interface: str = "auto"
+    credit: str = "exact"
     regions: int | None = None
     r: int = 16
     cell: str = "auto"
@@ -132,6 +138,10 @@ def make_model(settings: Settings, example: Tensor, *, vocabulary: int) -> nn.Mo
     torch.manual_seed(settings.seed)
     model = build(settings.architecture, size, vocabulary=vocabulary).to(example.device)
     if settings.interface == DENSE:
+        if settings.credit != "exact":
+            raise OptionError(
+                f"credit={settings.credit!r} of a dense model", expected="a bounded one", do='leave interface "auto"'
+            )
         return model
     return lbi_compile.transform(model, example, **transform_options(settings))
 
@@ -143,7 +153,8 @@ def transform_options(settings: Settings) -> dict[str, Any]:
         settings: Of the run.
     """
     names = ("r", "interface", "cell", "readout", "backward", "allow_leak", "seed")
-    return {"regions": settings.cut, **{name: getattr(settings, name) for name in names}}
+    named = {name: getattr(settings, name) for name in names}
+    return {"regions": settings.cut, "credit": CREDITS[settings.credit], **named}
 
 
 def rate_at(step: int, settings: Settings) -> float:
@@ -218,6 +229,7 @@ def train(
         DivergedError: The loss is no number any more.
     """
     run = run or model
+    teach = _teacher(model, run)
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, settings)
     log = Log(folder)
@@ -237,7 +249,7 @@ def train(
             rate = rate_at(state.step, settings)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = _accumulate(run, data, settings, state.position, device)
+            loss = _accumulate(teach, data, settings, state.position, device)
             engine = engine or str(getattr(model, "engine", "autograd"))
             norm = nn.utils.clip_grad_norm_(parameters, settings.clip).item()
             if not math.isfinite(loss) or not math.isfinite(norm):
@@ -261,8 +273,28 @@ def train(
     return Result(state.step, loss, state.held_out, state.seconds, engine)
 
 
+def _teacher(model: nn.Module, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """What gives the loss of inputs and targets, a sum over all that is asked."""
+
+    def end_to_end(inputs: Tensor, targets: Tensor) -> Tensor:
+        return _losses(run(inputs), targets).sum()
+
+    def local(inputs: Tensor, targets: Tensor) -> Tensor:
+        return model.local_loss(inputs, target=targets) * (targets >= 0).sum()
+
+    if not isinstance(model, BoundedModule) or model.credit is None:
+        return end_to_end
+    if run is not model:
+        raise OptionError(
+            "a compiled model under a local rule",
+            expected="the model itself, taught region by region",
+            do="compile none",
+        )
+    return local
+
+
 def _accumulate(
-    run: Callable[[Tensor], Tensor], data: Source, settings: Settings, position: int, device: torch.device
+    teach: Callable[[Tensor, Tensor], Tensor], data: Source, settings: Settings, position: int, device: torch.device
 ) -> float:
     """Gradients of the mean loss over all that is asked in a step, whatever part of it a forward holds."""
     parts = [data.batch(position + i * settings.batch, settings.batch) for i in range(settings.accumulate)]
@@ -270,8 +302,7 @@ def _accumulate(
     total = torch.zeros((), device=device)
     for inputs, targets in parts:
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-            logits = run(inputs.to(device))
-        loss = _losses(logits, targets.to(device)).sum() / asked
+            loss = teach(inputs.to(device), targets.to(device)) / asked
         loss.backward()
         total += loss.detach()
     return total.item()

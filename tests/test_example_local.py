@@ -13,8 +13,10 @@ from lbi_compile.errors import OptionError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+import depth_scaling
 import local_arms
 import local_credit
+import local_lm
 import local_report
 import train_recurrent
 from choosing import choose
@@ -206,3 +208,44 @@ def test_detached_states_bring_nothing_back():
         (gradient,) = torch.autograd.grad(model.states(x, detached=detached)[-1].sum(), x)
         assert bool(gradient[:, :-1].any()) is not detached
         assert gradient[:, -1].all()
+
+
+# -- depth
+
+
+def test_depth_scaling_in_short(tmp_path, capsys):
+    command = ["--depths", "3", "6", "--width", "8", "--batch", "16", "--out", str(tmp_path)]
+    assert depth_scaling.main(command) == 0
+    found = {
+        (row["what"]["rule"], row["what"]["depth"]): row["found"]
+        for row in Rows(tmp_path / "rows.jsonl", command="").all()
+    }
+    paths = {key: (one["forward"], one["backward"]) for key, one in found.items()}
+    assert [paths[rule, 6] for rule in depth_scaling.RULES] == [(6, 6), (6, 6), (6, 1), (6, 6), (7, 1)]
+    assert sum(paths["HBLL", 3]) <= 2 * 2 + 2
+    flat = [found["SID, sequential", depth]["bytes"] for depth in (3, 6)]
+    assert flat[0] == flat[1] < found["SID, parallel", 6]["bytes"]
+    assert found["backprop", 6]["bytes"] > 1.7 * found["backprop", 3]["bytes"]
+    assert "| SID, parallel: steps that wait | 3 + 1 | 6 + 1 |" in (tmp_path / "table.md").read_text()
+    assert depth_scaling.main(["--depths", "0"]) == 2
+    assert "what to do" in capsys.readouterr().err
+
+
+# -- language models
+
+
+def test_language_models_in_short(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(local_lm, "RATES", (3e-3,))
+    command = [
+        "--steps", "1", "--length", "8", "--layers", "2", "--regions", "2", "--r", "4", "--batch", "2",
+        "--evaluate-on", "2", "--bytes", "400000", "--seeds", "1", "--out", str(tmp_path),
+    ]  # fmt: skip
+    assert local_lm.main(command) == 0
+    rows = Rows(tmp_path / "rows.jsonl", command="").all()
+    assert [(row["what"]["arm"], row["what"]["judge"]) for row in rows] == [
+        (arm, judge) for arm in local_lm.ARMS for judge in ("validation", "test")
+    ]
+    assert all(4 < row["found"]["nats"] < 7 for row in rows)
+    assert "| HBLL | 0.003 | " in (tmp_path / "table.md").read_text()
+    assert local_lm.main([*command, "--steps", "0"]) == 2
+    assert "what to do" in capsys.readouterr().err

@@ -201,6 +201,20 @@ def test_accumulated_gradients_are_those_of_one_batch(tmp_path):
         torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-5)
 
 
+def test_local_rules_teach_and_are_told_what_they_cannot(tmp_path):
+    settings = dataclasses.replace(SHORT, steps=2, layers=2, regions=2, batch=2, accumulate=2, credit="sid")
+    example = torch.zeros(2, settings.positions, dtype=torch.long)
+    model = make_model(settings, example, vocabulary=20)
+    assert model.credit.kind == "sid"
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    train(model, windows(), windows(1), settings, folder=tmp_path / "run", quiet=True)
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    with pytest.raises(OptionError, match="a compiled model"):
+        train(model, windows(), windows(1), settings, folder=tmp_path / "other", quiet=True, run=lambda x: model(x))
+    with pytest.raises(OptionError, match="of a dense model"):
+        make_model(dataclasses.replace(settings, interface=DENSE), example, vocabulary=20)
+
+
 def test_judging_counts_tokens_and_their_bytes():
     torch.manual_seed(0)
     model, source = nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 7)), Uneven()
