@@ -97,10 +97,11 @@ def measure(rule: str, depth: int, *, width: int, batch: int) -> dict[str, int]:
 def _backward(blocks: Sequence[nn.Module], loss: Callable[[], Tensor]) -> int:
     """Blocks whose backwards wait for each other, those that are run again inside the backward too."""
     outputs: list[Tensor] = []
-    handles = [
-        block.register_forward_hook(lambda _, args, out: outputs.append(out[1] if isinstance(out, tuple) else out))
-        for block in blocks
-    ]
+
+    def note(module: nn.Module, args: Any, out: Any) -> None:
+        outputs.append(out[1] if isinstance(out, tuple) else out)
+
+    handles = [block.register_forward_hook(note) for block in blocks]
     try:
         value = loss()
         made = len(outputs)
@@ -154,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
                 what = {"rule": rule, "depth": depth, **sizes}
                 found = rows.measured(what, lambda rule=rule, depth=depth: measure(rule, depth, **sizes))
                 say(f"{rule}, K = {depth}: {found}")
-        text = table([row for row in rows.all() if all(row["what"][name] == size for name, size in sizes.items())])
+        text = table(rows.asked())
         (options.out / "table.md").write_text(text)
         say(text)
     except LBIError as error:

@@ -159,12 +159,15 @@ def judged(model: nn.Module, data: Split, held_out: Split) -> dict[str, Any]:
         return found
     if model.plan.credit == "sid":
         _, taps = model.forward_regions(held_out.x)
-        found["regions"] = [accuracy(belief, held_out.y) for belief in taps.m[1:]] + [found["accuracy"]]
+        found["regions"] = [accuracy(belief, held_out.y) for belief in taps.m if belief is not None] + [
+            found["accuracy"]
+        ]
     else:
         hops = [1, 2, 4, 8] if len(model.regions) == 8 else sorted({1, len(model.regions)})
         found["paths"] = {str(n): accuracy(model.forward_path(held_out.x, hops=n), held_out.y) for n in hops}
         found["flops"] = {str(n): _flops(model, held_out.x[:1], n) for n in hops}
-        found["probe"] = probed(model.source.stem(data.x), data.y, model.source.stem(held_out.x), held_out.y)
+        stem: Any = model.source.stem
+        found["probe"] = probed(stem(data.x), data.y, stem(held_out.x), held_out.y)
     return found
 
 

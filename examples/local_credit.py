@@ -59,7 +59,7 @@ def study(name: str, budget: Budget, rows: Rows, *, seeds: int, wrong: Sequence[
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="all by default")
     made.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds that are judged (%(default)s)")
     made.add_argument("--wrong", type=float, nargs="+", default=list(WRONG), help="shares of wrong classes")
@@ -84,11 +84,11 @@ def main(arguments: list[str] | None = None) -> int:
         rows = Rows(options.out / "rows.jsonl", command=shlex.join(["python", "examples/local_credit.py", *given]))
         for name in options.arms:
             study(name, budget, rows, seeds=options.seeds, wrong=options.wrong, say=say)
-        text = table(rows.all())
+        text = table(rows.asked())
         (options.out / "table.md").write_text(text)
         say(text)
         if options.plot:
-            draw(rows.all(), options.out / "figure.png")
+            draw(rows.asked(), options.out / "figure.png")
     except LBIError as error:
         print(error, file=sys.stderr)
         return 2

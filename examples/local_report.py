@@ -44,7 +44,7 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown: accuracy by arm and share of wrong classes, regions of SID, paths of HBLL, what was aimed at.
 
     Args:
-        rows: Of one budget, as ``Rows.all`` gives them.
+        rows: Of one budget, as ``Rows.asked`` gives them.
     """
     shares = sorted({row["what"]["wrong"] for row in rows if row["what"]["judge"] == "test"})
     lines = ["| arm | settings tried | chosen | " + " | ".join(f"{share:.0%} wrong" for share in shares) + " |"]

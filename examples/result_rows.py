@@ -32,6 +32,7 @@ class Rows:
     def __init__(self, path: Path, *, command: str) -> None:
         self.path, self.command = path, command
         self._known = {_key(row["what"]): row for row in self._read()}
+        self._asked: dict[str, dict[str, Any]] = {}
 
     def _read(self) -> list[dict[str, Any]]:
         if not self.path.exists():
@@ -42,9 +43,9 @@ class Rows:
             lines.pop()
         try:
             rows = [json.loads(line) for line in lines]
-            for row in rows:
-                row["what"], row["found"]
-        except (ValueError, KeyError, TypeError) as error:
+            if any(not {"what", "found"} <= row.keys() for row in rows):
+                raise KeyError("what, found")
+        except (ValueError, KeyError, AttributeError) as error:
             raise OptionError(
                 f"{self.path}, which holds other rows ({error!r})",
                 expected="a file that this command wrote, or none",
@@ -55,6 +56,10 @@ class Rows:
     def all(self) -> list[dict[str, Any]]:
         """All rows, in the order in which they were made."""
         return list(self._known.values())
+
+    def asked(self) -> list[dict[str, Any]]:
+        """The rows that ``measured`` was asked for since this was made: those of another budget are not among them."""
+        return list(self._asked.values())
 
     def measured(self, what: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """What was found for ``what``; measured and written where there is no such row.
@@ -83,6 +88,7 @@ class Rows:
                 file.flush()
                 os.fsync(file.fileno())
             self._known[key] = row
+        self._asked[key] = self._known[key]
         return self._known[key]["found"]
 
 

@@ -198,7 +198,7 @@ def table(found: Mapping[str, list[dict[str, Any]]], chosen: Mapping[str, dict[s
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="all by default")
     made.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds that are judged (%(default)s)")
     for own in dataclasses.fields(Budget):

@@ -280,8 +280,9 @@ def _teacher(model: nn.Module, run: Callable[[Tensor], Tensor]) -> Callable[[Ten
         return _losses(run(inputs), targets).sum()
 
     def local(inputs: Tensor, targets: Tensor) -> Tensor:
-        return model.local_loss(inputs, target=targets) * (targets >= 0).sum()
+        return bounded.local_loss(inputs, target=targets) * (targets >= 0).sum()
 
+    bounded: Any = model
     if not isinstance(model, BoundedModule) or model.credit is None:
         return end_to_end
     if run is not model:

@@ -98,6 +98,7 @@ def test_rows_are_measured_once(tmp_path):
     rows = Rows(path, command="")
     rows.measured({"arm": "b"}, measure)
     assert len(calls) == 2
+    assert [row["what"]["arm"] for row in rows.asked()] == ["b"]
     assert [json.loads(line)["what"]["arm"] for line in path.read_text().splitlines()] == ["a", "b"]
     path.write_text('{"loss": 1}\n')
     with pytest.raises(OptionError, match="other rows"):
