@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import operator
 import sys
@@ -78,6 +79,7 @@ __all__ = [
     "fresh_code",
     "functorch_active",
     "graph_pass",
+    "has_example",
     "inductor_decompositions",
     "inductor_joint_pass",
     "inductor_options",
@@ -91,6 +93,7 @@ __all__ = [
     "same_size",
     "silent_export",
     "size_key",
+    "sizes_apart",
     "times_written",
     "traced",
     "unset_fake_temporarily",
@@ -205,6 +208,24 @@ def example_size(size: Any) -> int:
     return size if isinstance(size, int) else size.node.hint
 
 
+def has_example(size: Any) -> bool:
+    """The size is known at the inputs of the capture: it does not depend on values."""
+    return isinstance(size, int) or size.node.hint is not None
+
+
+# Sizes that stand for symbols: prime, so that no product of some of them is another, and unlike most fixed sizes.
+_APART = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061, 1063, 1069)
+
+
+def sizes_apart(shapes: Sequence[Sequence[Any]]) -> list[tuple[int, ...]]:
+    """The shapes with a number in place of each symbol, another for each, so that different sizes can be told apart."""
+    expressions = {size.node.expr for shape in shapes for size in shape if not isinstance(size, int)}
+    symbols = sorted({symbol for one in expressions for symbol in one.free_symbols}, key=str)
+    numbers = dict(zip(symbols, itertools.cycle(_APART), strict=False))
+    known = {one: int(one.xreplace(numbers)) for one in expressions}
+    return [tuple(size if isinstance(size, int) else known[size.node.expr] for size in shape) for shape in shapes]
+
+
 def size_key(size: Any) -> Any:
     """What two sizes have in common that are provably equal; hashing it is many times as fast as printing the size."""
     return size if isinstance(size, int) else size.node.expr
@@ -309,9 +330,25 @@ def _refuse_guard(shapes: Any, expression: Any, value: Any) -> None:
     # A bound, such as "not empty" or "at least two", fixes no size, and Dynamo checks it at every call.
     bounds = sympy.StrictLessThan, sympy.StrictGreaterThan, sympy.LessThan, sympy.GreaterThan
     unequal = isinstance(expression, sympy.Ne if value else sympy.Eq)
-    if (unequal or isinstance(expression, bounds)) and not shapes.frozen:
+    equal = isinstance(expression, sympy.Eq if value else sympy.Ne)
+    bound = unequal or isinstance(expression, bounds) or (equal and _says_not_empty(expression))
+    if bound and not shapes.frozen:
         return
     raise RuntimeError(f"a new guard {expression} == {value} would fix a symbolic size")
+
+
+def _says_not_empty(expression: Any) -> bool:
+    """The two sides are equal where no size is zero: a tensor that may be empty has strides of ``Max(1, n)``."""
+    sides = [side.replace(_at_least_one, _other_than_one) for side in expression.args]
+    return sympy.expand(sides[0] - sides[1]) == 0
+
+
+def _at_least_one(expression: Any) -> bool:
+    return expression.func.__name__ == "Max" and len(expression.args) == 2 and 1 in expression.args
+
+
+def _other_than_one(expression: Any) -> Any:
+    return next(a for a in expression.args if a != 1)
 
 
 def _is_not_a_refused_guard(record: logging.LogRecord) -> bool:

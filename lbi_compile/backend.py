@@ -12,9 +12,21 @@ from torch import fx
 from lbi_compile import _torch
 from lbi_compile.errors import OptionError
 from lbi_compile.passes import (
+    adjoint_scan,
     alike,
+    axes,
+    axis_calls,
+    axis_recurrent,
+    axis_routing,
+    axis_rules,
+    axis_views,
+    axis_windows,
+    axis_writes,
     batch_cotangents,
+    index_chunks,
+    jacobian_budget,
     jacobian_slices,
+    jacobians,
     linearity,
     ordering,
     region_rules,
@@ -24,12 +36,15 @@ from lbi_compile.passes import (
 from lbi_compile.passes import batch_regions as batch_regions_file
 from lbi_compile.passes import scan_backward as scan_backward_file
 from lbi_compile.passes.batch_regions import batch_regions
+from lbi_compile.passes.jacobian_budget import JACOBIAN_BYTES, check_budget
 from lbi_compile.passes.scan_backward import ScanRecord, erase_markers, scan_backward
 
 __all__ = ["ScanRecord", "eager_backend", "erase_markers", "last_record", "lbi"]
 
 
-def eager_backend(record: ScanRecord, *, batched: bool = True) -> Callable[..., Any]:
+def eager_backend(
+    record: ScanRecord, *, batched: bool = True, jacobian_bytes: int = JACOBIAN_BYTES
+) -> Callable[..., Any]:
     """A ``torch.compile`` backend that runs a marked graph operator by operator, with the scan in its backward.
 
     It needs no C++ compiler. Use it with ``dynamic=True``.
@@ -37,6 +52,7 @@ def eager_backend(record: ScanRecord, *, batched: bool = True) -> Callable[..., 
     Args:
         record: Always describes the graph that was compiled or run last.
         batched: Run what regions do alike as one operator.
+        jacobian_bytes: Most bytes for Jacobians; see ``scan_backward``.
 
     Returns:
         The backend. Where the graph cannot be solved by a scan it raises ``EngineError`` (inside Dynamo's
@@ -67,7 +83,7 @@ def eager_backend(record: ScanRecord, *, batched: bool = True) -> Callable[..., 
 
         def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
             try:
-                scan_backward(joint, record=this)
+                scan_backward(joint, record=this, jacobian_bytes=jacobian_bytes)
                 if batched:
                     batch_regions(joint, record=this.batched)
             finally:
@@ -118,12 +134,12 @@ def last_record() -> ScanRecord:
     return _Last.record
 
 
-def _rewrite(graph: fx.Graph, *, batched: bool) -> None:
+def _rewrite(graph: fx.Graph, *, batched: bool, jacobian_bytes: int) -> None:
     joint = graph.owning_module
     assert joint is not None
     _Last.record = ScanRecord()
     decompositions = _torch.inductor_decompositions()
-    scan_backward(joint, record=_Last.record, decompositions=decompositions)
+    scan_backward(joint, record=_Last.record, decompositions=decompositions, jacobian_bytes=jacobian_bytes)
     if batched:
         batch_regions(joint, record=_Last.record.batched, decompositions=decompositions)
 
@@ -131,7 +147,9 @@ def _rewrite(graph: fx.Graph, *, batched: bool) -> None:
 def rewrite_sources() -> tuple[str, ...]:
     """Files on which the rewrite depends; Inductor's caches must miss when one of them changes."""
     batching = (alike, batch_regions_file, ordering, region_rules, region_sums)
-    modules = (batch_cotangents, jacobian_slices, linearity, splicing, scan_backward_file, _torch, *batching)
+    scans = (adjoint_scan, index_chunks, jacobian_budget, jacobian_slices, jacobians, scan_backward_file)
+    axes_files = (axes, axis_calls, axis_recurrent, axis_routing, axis_rules, axis_views, axis_windows, axis_writes)
+    modules = (batch_cotangents, linearity, splicing, _torch, *scans, *axes_files, *batching)
     return tuple(str(module.__file__) for module in modules)
 
 
@@ -151,7 +169,8 @@ def lbi(
         example_inputs: Its inputs.
         mode: As for ``backend="inductor"``.
         options: As for ``backend="inductor"``, over those of ``mode``; and ``"batch_regions"``: whether what regions do
-            alike runs as one operator, which it does unless told otherwise.
+            alike runs as one operator, which it does unless told otherwise; and ``"jacobian_bytes"``, as for
+            ``transform``.
 
     Raises:
         EngineError: The graph cannot be solved by a scan (inside Dynamo's ``BackendCompilerFailed``).
@@ -159,6 +178,7 @@ def lbi(
     """
     given = dict(options or {})
     batched = bool(given.pop("batch_regions", True))
+    jacobian_bytes = check_budget(given.pop("jacobian_bytes", JACOBIAN_BYTES))
     config = _torch.inductor_options(mode, given)
     if config.get("joint_custom_pre_pass", _torch.inductor_joint_pass()) is not None:
         raise OptionError(
@@ -166,8 +186,8 @@ def lbi(
             expected="that place free for the rewrite of the backward",
             do="use joint_custom_post_pass for your own pass, or compile with another backend (exact, as a chain)",
         )
-    rewrite = functools.partial(_rewrite, batched=batched)
-    variant = f"batch_regions={batched}"
+    rewrite = functools.partial(_rewrite, batched=batched, jacobian_bytes=jacobian_bytes)
+    variant = f"batch_regions={batched} jacobian_bytes={jacobian_bytes}"
     config["joint_custom_pre_pass"] = _torch.graph_pass(rewrite, rewrite_sources(), variant=variant)
     with _torch.compiling():
         return _torch.compile_with_inductor(gm, example_inputs, config)

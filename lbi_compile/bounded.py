@@ -302,7 +302,9 @@ class BoundedModule(nn.Module):
             def scanned(module: BoundedModule, leaves: list[Any]) -> Any:
                 return module._run(program, leaves, marked=True, taps=taps)
 
-            backend = eager_backend(record, batched=self._options.batch_regions)
+            backend = eager_backend(
+                record, batched=self._options.batch_regions, jacobian_bytes=self._options.jacobian_bytes
+            )
             self._compiled[key] = torch.compile(fresh_code(scanned), backend=backend, fullgraph=True), record
         compiled, record = self._compiled[key]
         record.error = None
@@ -324,6 +326,9 @@ class BoundedModule(nn.Module):
             engine.why,
             record.jacobians,
             unrolled=tuple(sorted(record.unrolled.items())),
+            parts=max(record.parts, default=1),
+            rows=min((rows for rows, r in zip(record.rows, record.r, strict=True) if rows < r), default=0),
+            over=record.over,
             batched=record.batched.groups,
             unbatched=tuple(sorted(record.batched.unbatched.items())),
         )

@@ -25,6 +25,10 @@ class Engine:
         jacobians: Interface Jacobians the scan combines.
         unrolled: Operators of the backward that were run once per cotangent because they cannot be batched, with the
             reason.
+        parts: Into how many parts the indices of the scan are cut, one after another, so that Jacobians stay within
+            ``jacobian_bytes``; the largest number where there are several scans.
+        rows: How many rows of a Jacobian are computed at a time for the same reason; 0 for all of them.
+        over: Why Jacobians take more memory than that, one sentence a scan.
         batched: Operators that run once for several regions.
         unbatched: Operators of regions that are alike which yet run once for each of them, with the reason.
     """
@@ -33,6 +37,9 @@ class Engine:
     why: str
     jacobians: int = 0
     unrolled: tuple[tuple[str, str], ...] = ()
+    parts: int = 1
+    rows: int = 0
+    over: tuple[str, ...] = ()
     batched: int = 0
     unbatched: tuple[tuple[str, str], ...] = ()
 
@@ -40,6 +47,12 @@ class Engine:
         text = f"{self.name} ({self.why})"
         if self.unrolled:
             text += "; unrolled over r: " + ", ".join(op for op, _ in self.unrolled)
+        if self.parts > 1:
+            text += f"; Jacobians in {self.parts} parts of the indices"
+        if self.rows:
+            text += f"; {self.rows} row(s) of a Jacobian at a time"
+        if self.over:
+            text += "; more memory than jacobian_bytes: " + "; ".join(self.over)
         if self.unbatched:
             text += "; not batched over regions: " + ", ".join(op for op, _ in self.unbatched)
         return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .credit.base import Credit
+from .passes.jacobian_budget import JACOBIAN_BYTES
 from .plan import Plan
 
 
@@ -22,3 +23,4 @@ class Options:
     seed: int
     credit: Credit | None = None
     batch_regions: bool = True
+    jacobian_bytes: int = JACOBIAN_BYTES

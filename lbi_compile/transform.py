@@ -33,6 +33,7 @@ from .naming import batch_symbol
 from .options import Options
 from .passes.axes import coupling_error
 from .passes.insert import Owner, Program, insert
+from .passes.jacobian_budget import JACOBIAN_BYTES, check_budget
 from .passes.validate import refuse_leak
 from .plan import Plan
 from .region import Region
@@ -51,6 +52,7 @@ def transform(
     allow_leak: bool = False,
     credit: str | Credit = "exact",
     batch_regions: bool = True,
+    jacobian_bytes: int = JACOBIAN_BYTES,
     seed: int = 0,
 ) -> BoundedModule:
     """Cut ``model`` into regions that exchange only small latents, and return it as a trainable module.
@@ -75,6 +77,10 @@ def transform(
         batch_regions: In the compiled graphs of the scan engine, run what regions do alike as one operator with a
             leading axis over regions. Gradients are the same up to rounding; without it the forward is also the same
             bit for bit as that of the other engines. Costs the memory of a copy of the parameters of alike regions.
+        jacobian_bytes: Most memory for the interface Jacobians of the scan engine and for the values on the way to
+            them. A Jacobian is r x r numbers for every index, so long sequences with the token interface's GRU cell
+            need much: beyond this, one part of the indices is done after another, or a few rows at a time where
+            indices cannot be taken apart. ``bounded.engine`` tells.
         seed: Seed of the interface parameters; the global random state is left alone.
 
     Returns:
@@ -87,7 +93,9 @@ def transform(
         >>> bounded = lbi_compile.transform(model, x, regions=4, r=16)
         >>> criterion(bounded(x), y).backward()
     """
-    options = _options(model, regions, r, interface, cell, readout, backward, allow_leak, seed, credit, batch_regions)
+    options = _options(
+        model, regions, r, interface, cell, readout, backward, allow_leak, seed, credit, batch_regions, jacobian_bytes
+    )
     bounded = BoundedModule(model, options)
     if example_inputs is not None or default_inputs(model) is not None:
         bounded.build(as_inputs(model, example_inputs))
@@ -139,6 +147,7 @@ def _options(
     seed: int,
     credit: str | Credit = "exact",
     batch_regions: bool = True,
+    jacobian_bytes: int = JACOBIAN_BYTES,
 ) -> Options:
     if not isinstance(model, nn.Module):
         raise NotAModuleError(
@@ -179,7 +188,8 @@ def _options(
     else:
         refuse_exact_options(rule, interface=interface, cell=cell, readout=readout, backward=backward)
     engine = engines.check_request(backward)
-    return Options(regions, r, interface, cell, readout, engine, allow_leak, seed, rule, bool(batch_regions))
+    budget = check_budget(jacobian_bytes)
+    return Options(regions, r, interface, cell, readout, engine, allow_leak, seed, rule, bool(batch_regions), budget)
 
 
 def build(bounded: BoundedModule, inputs: Inputs) -> None:

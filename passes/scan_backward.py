@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 import lbi_compile.kernels.ops  # noqa: F401  registers the operators
-from lbi_compile._torch import is_tangent, same_shape
+from lbi_compile._torch import has_example, is_tangent, same_shape
 from lbi_compile.errors import EngineError, LBIError
-from lbi_compile.passes.alike import CHAIN, PART, REGION, BatchRecord
-from lbi_compile.passes.batch_cotangents import Batched, BatchInterpreter
-from lbi_compile.passes.jacobian_slices import cut, downstream, simplify, upstream
+from lbi_compile.passes.adjoint_scan import AdjointScan
+from lbi_compile.passes.alike import CHAIN, REGION, BatchRecord
+from lbi_compile.passes.jacobian_budget import JACOBIAN_BYTES, Parts, parts
+from lbi_compile.passes.jacobian_slices import downstream, upstream
+from lbi_compile.passes.jacobians import AdjointPath, Jacobian, Jacobians, bias
 from lbi_compile.passes.ordering import sort
 from lbi_compile.passes.splicing import Splicer
 
@@ -40,6 +41,9 @@ class ScanRecord:
         shared: How many of them are the same for every index and computed once.
         r: Latent widths, one per scan.
         unrolled: Operator to the reason why it runs once per cotangent instead of batched over R.
+        parts: Into how many parts the indices were cut so that Jacobians fit their budget, one number per scan.
+        rows: How many rows of a Jacobian are computed at a time, the least of every scan.
+        over: Why Jacobians take more memory than their budget, one sentence for each scan that does.
         sdpa: How fused attention is batched over R: ``"fold"`` (into the batch axis), ``"unroll"``, both, or ``""``.
         inserted: Nodes added to the joint graph, before dead ones are removed.
         forward_nodes: Nodes of the forward graph (eager default only, as is the next).
@@ -56,6 +60,9 @@ class ScanRecord:
     shared: int = 0
     r: tuple[int, ...] = ()
     unrolled: dict[str, str] = field(default_factory=dict)
+    parts: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+    over: tuple[str, ...] = ()
     sdpa: str = ""
     inserted: int = 0
     forward_nodes: int = 0
@@ -70,7 +77,11 @@ class ScanRecord:
 
 
 def scan_backward(
-    gm: fx.GraphModule, *, record: ScanRecord, decompositions: Mapping[Any, Callable[..., Any]] | None = None
+    gm: fx.GraphModule,
+    *,
+    record: ScanRecord,
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+    jacobian_bytes: int = JACOBIAN_BYTES,
 ) -> fx.GraphModule:
     """Replace the chain of adjoints between markers by interface Jacobians and one suffix scan per chain.
 
@@ -86,6 +97,9 @@ def scan_backward(
         gm: The joint graph.
         record: Filled in.
         decompositions: What to trace inserted nodes with (Inductor's table under Inductor).
+        jacobian_bytes: Most bytes for the Jacobians of a chain and what lives on the way to them. Beyond it they are
+            computed for one part of the indices after another, or where indices cannot be taken apart by rows. Sizes
+            that are symbols get a bound as a guard, so that larger inputs are compiled anew.
 
     Returns:
         ``gm``.
@@ -110,7 +124,7 @@ def scan_backward(
         record.become(ScanRecord(status="inference", why="nothing in the graph needs a gradient"))
     try:
         for markers in _chains(gm.graph):
-            _solve(gm, markers, record, decompositions)
+            _solve(gm, markers, record, decompositions, jacobian_bytes)
     except EngineError as error:
         record.status, record.why, record.error = "failed", error.found, error
         raise
@@ -207,6 +221,7 @@ def _solve(
     markers: Sequence[fx.Node],
     record: ScanRecord,
     decompositions: Mapping[Any, Callable[..., Any]] | None,
+    budget: int,
 ) -> None:
     """Solve the adjoints of one chain; ``markers`` are its backward markers from the first boundary to the last."""
     graph = gm.graph
@@ -222,57 +237,59 @@ def _solve(
         decompositions=decompositions,
         latent=next((n for n in latents if same_shape(n.meta["val"].shape, shape)), None),
     )
-    jacobians: list[fx.Node] = []
-    shared: list[bool] = []
+    jacobians = Jacobians(gm, splicer, r)
+    found: list[Jacobian] = []
     others: dict[int, fx.Node] = {}
     roots = [*filter(is_tangent, graph.nodes), *markers]
     adjoint = {*roots, *downstream(roots)}
     for at, (to, source) in enumerate(itertools.pairwise(markers)):
         region = _region(graph, markers, source, to, adjoint)
-        jacobian, is_shared = _jacobian(gm, region, splicer, r, record)
-        jacobians.append(jacobian)
-        shared.append(is_shared)
+        found.append(jacobians.of(region))
         if region.extra:
-            others[at] = _bias(gm, region, splicer)
-    count = len(jacobians)
-    same_everywhere = all(shared)
-
-    # Under autocast the latents of one model may differ in dtype.
-    dtypes = [marker.meta["val"].dtype for marker in markers]
-    dtype = functools.reduce(torch.promote_types, dtypes)
-
-    def scan(*values: Tensor) -> list[Tensor]:
-        last, *pieces = [value.to(dtype) for value in values]
-        lead = tuple(last.shape[:-1])
-        n = math.prod(lead)
-        rows = pieces[:count]  # each [*lead or 1s, R, R]
-        if same_everywhere:
-            J = torch.stack(rows).reshape(count, 1, r, r).expand(count, n, r, r)
-        else:
-            whole = (*lead, r, r)
-            J = torch.stack([row if same_shape(row.shape, whole) else row.expand(whole) for row in rows])
-            J = J.reshape(count, n, r, r)
-        b = None
-        if others:
-            bias = dict(zip(others, pieces[count:], strict=True))
-            nothing = torch.zeros((), dtype=last.dtype, device=last.device).expand(*lead, r)
-            b = torch.stack([bias.get(at, nothing) for at in range(count)]).reshape(count, n, r)
-        lam = torch.ops.lbi.suffix_scan.default(J, last.reshape(n, r), b).reshape(count + 1, *lead, r)
-        return [lam[at] if dtypes[at] == dtype else lam[at].to(dtypes[at]) for at in range(count)]
-
+            others[at] = bias(gm, region, splicer)
     last = markers[-1].args[0]
     assert isinstance(last, fx.Node)
-    adjoints = splicer(scan, [last, *jacobians, *others.values()])
+    # Under autocast the latents of one model may differ in dtype.
+    scan = AdjointScan(splicer, last, others, [marker.meta["val"].dtype for marker in markers])
+    how = _parts(jacobians, [one for one in found if not one.shared], last, budget)
+    if how.indices > 1:
+        adjoints = scan.by_parts(jacobians, found, how.indices)
+    else:
+        rows = iter(how.rows)
+        apart = [not how.together and not one.shared for one in found]
+        nodes = [jacobians.by_rows(a, next(rows)) if on else a.node for a, on in zip(found, apart, strict=True)]
+        adjoints = scan.whole(nodes)
     for marker, adjoint in zip(markers, adjoints, strict=False):
         marker.replace_all_uses_with(adjoint)
     sort(graph)
     record.status = "scan"
     record.scans += 1
-    record.jacobians += count
-    record.shared += sum(shared)
+    record.jacobians += len(found)
+    record.shared += sum(one.shared for one in found)
     record.r += (r,)
+    record.unrolled.update(jacobians.unrolled)
+    record.sdpa = "+".join(sorted({*filter(None, record.sdpa.split("+")), *jacobians.attention}))
+    record.parts += (how.indices,)
+    record.rows += (min(how.rows, default=r),)
+    record.over += (how.over,) if how.over else ()
     record.inserted += splicer.inserted
     record.why = f"{record.jacobians} interface Jacobians in {record.scans} suffix scan(s)"
+
+
+def _parts(jacobians: Jacobians, found: Sequence[Jacobian], last: fx.Node, budget: int) -> Parts:
+    """How the Jacobians that differ from index to index are computed within ``budget`` bytes."""
+    if not all(map(has_example, last.meta["val"].shape)):
+        return Parts(True, 1, (), (), "how many indices there are depends on values")
+    works = [jacobians.work(one) for one in found]
+    how = parts(works, r=jacobians.r, indices=math.prod(last.meta["val"].shape[:-1]), budget=budget)
+    with jacobians.splicer.tracing():
+        for size, most in how.bounds:
+            if not size <= most:  # asked of a symbolic size, it is a guard of the graph
+                raise AssertionError(f"{size} at the example's sizes is more than {most}")
+    if how.over and jacobians.inseparable:
+        why = "; ".join(f"region {k}: {why}" for k, why in jacobians.inseparable.items())
+        return replace(how, over=f"{how.over}, and indices cannot be taken apart ({why})")
+    return how
 
 
 def _width(markers: Sequence[fx.Node]) -> int:
@@ -293,21 +310,9 @@ def _width(markers: Sequence[fx.Node]) -> int:
     return r
 
 
-@dataclass(frozen=True, slots=True)
-class _Region:
-    """Adjoint path of one region: ``source`` (adjoint of its latent out) to ``end`` (adjoint of its latent in)."""
-
-    k: int
-    source: fx.Node
-    end: fx.Node
-    path: tuple[fx.Node, ...]
-    extra: tuple[fx.Node, ...]
-    label: dict[str, int]
-
-
 def _region(
     graph: fx.Graph, markers: Sequence[fx.Node], source: fx.Node, to: fx.Node, adjoint: Collection[fx.Node]
-) -> _Region:
+) -> AdjointPath:
     """Nodes between two backward markers, and those of ``adjoint`` (all that depends on a tangent) that join them."""
     stop = set(markers)
     end: Any = to.args[0]
@@ -324,58 +329,4 @@ def _region(
             do="use backward='chain', or cut where the boundary is a separator",
         )
     chain = _place(to)[1]
-    return _Region(k, source, end, path, extra, {CHAIN: chain, REGION: k})
-
-
-def _jacobian(
-    gm: fx.GraphModule, region: _Region, splicer: Splicer, r: int, record: ScanRecord
-) -> tuple[fx.Node, bool]:
-    """Splice ``J`` ``[*lead, R, R]``, its rows the adjoint path run on unit cotangents; and whether it is the same for
-    every index (then all axes of lead are 1)."""
-    value = region.source.meta["val"]
-    shape = tuple(value.shape)
-    if region.end not in region.path and region.end is not region.source:
-        # Nothing flows from this latent to the next one (a detached region).
-        return splicer(
-            lambda: torch.zeros(*[1] * len(shape[:-1]), r, r, dtype=value.dtype, device=value.device), []
-        ), True
-    piece = cut(gm, region.path, live=[region.source], dead=region.extra, end=region.end)
-    like = piece.signature()
-    module = piece.module
-    if not splicer.knows(like):
-        with splicer.tracing():
-            module = simplify(piece, [torch.zeros((), dtype=value.dtype, device=value.device).expand(shape)])
-
-    eye = splicer.once(lambda: torch.eye(r, dtype=value.dtype, device=value.device), like=(r, value.dtype))
-
-    def rows(eye: Tensor, *constants: Tensor) -> Tensor:
-        eye = eye.view(r, *[1] * (len(shape) - 1), r)
-        run = BatchInterpreter(module, r)
-        result = run.run(Batched(eye, shape), *constants, *piece.zero_cotangents(r))
-        record.unrolled.update(run.unrolled)
-        record.sdpa = "+".join(sorted({*filter(None, record.sdpa.split("+")), *run.attention}))
-        data = result.data if isinstance(result, Batched) else result.new_zeros(()).expand(r, *result.shape)
-        if not (isinstance(data.shape[-1], int) and data.shape[-1] == r):
-            data = data.expand(*data.shape[:-1], r)
-        return data.movedim(0, -2)
-
-    node = splicer(rows, [eye, *piece.constants], like=like, label={**region.label, PART: "jacobian"})
-    lead = node.meta["val"].shape[:-2]
-    return node, all(isinstance(size, int) and size == 1 for size in lead)
-
-
-def _bias(gm: fx.GraphModule, region: _Region, splicer: Splicer) -> fx.Node:
-    """Splice ``b`` ``[*lead, R]``: the adjoint path run on ``lam = 0``."""
-    if not region.path:
-        return region.end
-    live = downstream(region.extra) & set(region.path)
-    if region.end not in live:
-        return splicer(lambda end: torch.zeros_like(end), [region.end], label={**region.label, PART: "bias"})
-    path = [node for node in region.path if node in live]
-    dead = {*region.path, region.source} - live
-    piece = cut(gm, path, live=region.extra, dead=dead, end=region.end)
-
-    def run(*values: Tensor) -> Tensor:
-        return piece.module(*values, *piece.zero_values())
-
-    return splicer(run, [*region.extra, *piece.constants], label={**region.label, PART: "bias"})
+    return AdjointPath(k, source, end, path, extra, {CHAIN: chain, REGION: k})
