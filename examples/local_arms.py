@@ -7,7 +7,7 @@ steps, falling learning rate) is the same for all.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,10 @@ from digits import CLASSES, Split, TurnedDigits
 from models.residual import ResidualMLP
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from training import DivergedError
 
 import lbi_compile
 from lbi_compile import HBLL, SID, BoundedModule
-from lbi_compile.errors import OptionError
 
 _ADAM: Choice = ("learning_rate", (1e-3, 3e-3, 1e-2))
 # one value for both: a rate belongs to its optimizer
@@ -92,7 +92,7 @@ def run(arm: Arm, chosen: Mapping[str, Any], budget: Budget, *, seed: int, wrong
         ``probe`` (accuracy of a linear classifier on the canvas); for SID ``regions`` (accuracy by region).
 
     Raises:
-        OptionError: The loss is no number any more.
+        DivergedError: The loss is no number any more.
     """
     task = TurnedDigits(copies=budget.copies, wrong=wrong, seed=seed)
     data, held_out = task.split("train"), task.split(judge)
@@ -116,6 +116,18 @@ def run(arm: Arm, chosen: Mapping[str, Any], budget: Budget, *, seed: int, wrong
         return judged(model, data, held_out)
 
 
+def candidate(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a run found, or that it diverged: that ends a run, but not the choice it is part of.
+
+    Args:
+        measure: Makes the run.
+    """
+    try:
+        return measure()
+    except DivergedError as error:
+        return {"accuracy": 0.0, "diverged": error.found}
+
+
 def fit(
     model: nn.Module, loss: Any, data: Split, *, optimizer: str, rate: float, steps: int, batch: int, seed: int
 ) -> None:
@@ -132,7 +144,7 @@ def fit(
         seed: Of the order of batches.
 
     Raises:
-        OptionError: The loss is no number any more.
+        DivergedError: The loss is no number any more.
     """
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # fused: many small parameters, whose steps would cost more than the gradients
@@ -149,7 +161,9 @@ def fit(
         made.step()
         falling.step()
     if not value.isfinite():
-        raise OptionError(f"{optimizer} at {rate} diverged", expected="a loss that stays a number", do="lower the rate")
+        raise DivergedError(
+            f"{optimizer} at {rate} diverged", expected="a loss that stays a number", do="lower the rate"
+        )
 
 
 def judged(model: nn.Module, data: Split, held_out: Split) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from choosing import choose
 from data import package
-from local_arms import ARMS, Budget, run
+from local_arms import ARMS, Budget, candidate, run
 from local_report import draw, table
 from result_rows import Rows
 from rich.console import Console
@@ -47,7 +48,8 @@ def study(name: str, budget: Budget, rows: Rows, *, seeds: int, wrong: Sequence[
     def once(chosen: dict[str, Any], *, seed: int, wrong: float, judge: str) -> float:
         where = {"seed": seed, "wrong": wrong, "judge": judge}
         what = {"arm": name, "chosen": chosen, **dataclasses.asdict(budget), **where}
-        found = rows.measured(what, lambda: run(arm, chosen, budget, **where))
+        measure = functools.partial(run, arm, chosen, budget, **where)
+        found = rows.measured(what, functools.partial(candidate, measure) if judge == "validation" else measure)
         say(f"{arm.label}, {chosen}, {wrong:.0%} wrong, seed {seed}: {found['accuracy']:.1f} on {judge}")
         return found["accuracy"]
 

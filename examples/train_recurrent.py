@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import shlex
 import statistics
 import sys
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from choosing import Choice, choose
 from digits import CLASSES, Split, rows
-from local_arms import accuracy, fit
+from local_arms import accuracy, candidate, fit
 from local_report import mean
 from result_rows import Rows
 from rich.console import Console
@@ -222,7 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         def once(name: str, settings: dict[str, Any], *, seed: int, judge: str) -> dict[str, Any]:
             what = {"arm": name, "chosen": settings, **dataclasses.asdict(budget), "seed": seed, "judge": judge}
-            result = kept.measured(what, lambda: run(ARMS[name], settings, budget, seed=seed, judge=judge))
+            measure = functools.partial(run, ARMS[name], settings, budget, seed=seed, judge=judge)
+            result = kept.measured(what, functools.partial(candidate, measure) if judge == "validation" else measure)
             say(f"{ARMS[name].label}, {settings}, seed {seed}: {result['accuracy']:.1f} on {judge}")
             return result
 

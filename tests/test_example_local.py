@@ -22,6 +22,7 @@ import train_recurrent
 from choosing import choose
 from digits import SPLITS, TurnedDigits, pictures, rows
 from result_rows import Rows
+from training import DivergedError
 
 # -- digits
 
@@ -146,7 +147,7 @@ def test_local_credit_in_short(tmp_path, monkeypatch, capsys):
     assert all(found["paths"]["2"] == found["accuracy"] for found in hbll)
     assert all(found["flops"]["1"] < found["flops"]["2"] for found in hbll)
     # what is there is not trained again
-    monkeypatch.setattr(local_credit, "run", None)
+    monkeypatch.setattr(local_credit, "run", lambda *_, **__: pytest.fail("trained again"))
     assert local_credit.main(command) == 0
     assert local_credit.main([*command, "--steps", "0"]) == 2
     assert "what to do" in capsys.readouterr().err
@@ -177,8 +178,13 @@ def test_aims_by_hand():
 
 def test_a_loss_that_diverges_is_told():
     arm, budget = local_arms.ARMS["bp0"], local_arms.Budget(width=4, steps=4, batch=4, copies=1)
-    with pytest.raises(OptionError, match="diverged"):
-        local_arms.run(arm, {"step": ("sgd", float("inf"))}, budget, seed=0, wrong=0.0, judge="test")
+
+    def run():
+        return local_arms.run(arm, {"step": ("sgd", float("inf"))}, budget, seed=0, wrong=0.0, judge="test")
+
+    with pytest.raises(DivergedError, match="diverged"):
+        run()
+    assert local_arms.candidate(run) == {"accuracy": 0.0, "diverged": "sgd at inf diverged"}
 
 
 # -- the recurrent net
