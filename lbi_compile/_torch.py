@@ -53,6 +53,7 @@ from torch.fx.experimental.proxy_tensor import make_fx as _make_fx
 
 # Raised by the exporter where Python branches on the value of a tensor.
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.node import map_arg
 
 __all__ = [
     "DataDependentValue",
@@ -121,7 +122,7 @@ def traced(
             a, b, *rest = node.args
             with gm.graph.inserting_before(node):
                 product = gm.graph.call_function(operator.mul, (a, b))
-            product.meta["val"] = operator.mul(*fx.node.map_arg((a, b), lambda factor: factor.meta["val"]))
+            product.meta["val"] = operator.mul(*map_arg((a, b), lambda factor: factor.meta["val"]))
             node.args = product, *rest
     gm.recompile()
     return gm

@@ -95,7 +95,7 @@ class AdjointScan:
 
         return self.splicer(join, [adjoint for adjoints in made for adjoint in adjoints])
 
-    def _bias(self, given: Sequence[Tensor], count: int, lead: Sequence[object]) -> Tensor | None:
+    def _bias(self, given: Sequence[Tensor], count: int, lead: Sequence[Any]) -> Tensor | None:
         if not given:
             return None
         places = dict(zip(self.biases, given, strict=True))
@@ -107,7 +107,7 @@ class AdjointScan:
         return adjoint if self.dtypes[at] == self.dtype else adjoint.to(self.dtypes[at])
 
 
-def _stacked(rows: Sequence[Tensor], lead: tuple[object, ...], r: int) -> Tensor:
+def _stacked(rows: Sequence[Tensor], lead: tuple[Any, ...], r: int) -> Tensor:
     """Jacobians ``[*lead or 1s, R, R]`` as ``[K, N, R, R]``; one that all indices share is not copied for each."""
     count, n = len(rows), math.prod(lead)
     if all(isinstance(size, int) and size == 1 for row in rows for size in row.shape[:-2]):

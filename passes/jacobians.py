@@ -167,7 +167,7 @@ class Jacobians:
                 narrow.settle(live.new_empty(narrow.shape(n, r)), values, n)
 
         def rows(eye: Tensor, *values: Any) -> Tensor:
-            n = values[0] if sizes else number
+            n: Any = values[0] if sizes else number
             pairs = zip(narrow.operands, values[len(sizes) :], strict=True)
             cut = [narrow.shaped(operand, value, n) for operand, value in pairs]
             shape = narrow.shape(n, r)
