@@ -2,7 +2,8 @@
 
 A run is a folder: ``metrics.jsonl``, ``checkpoint.pt``, ``tokenizer.json`` for byte-pair tokens, ``curves.png`` with
 ``--plot``. The same command with ``--resume`` goes on where the checkpoint stands, to the same weights bit for bit as a
-run that was never stopped.
+run that was never stopped; with ``--forward parallel``, whose guesses are not saved, up to its tolerance. There
+``metrics.jsonl`` has the iterations and the residual of every step.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--r", type=int, default=default.r, help="latent width")
     for name in ("cell", "readout", "backward"):
         model.add_argument(f"--{name}", default="auto", help="of transform")
+    model.add_argument("--forward", default=default.forward, help="of transform: sequential, parallel, ...")
+    model.add_argument("--tol", type=float, metavar="X", help="of transform: residual of a parallel forward")
     model.add_argument("--allow-leak", action="store_true", help="let positions see later ones, as published")
     model.add_argument(
         "--layers-shallow",

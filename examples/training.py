@@ -55,7 +55,7 @@ class Settings:
             the regions' own losses.
         regions: Regions K; by default those of the size.
         r: Latent width R.
-        readout: Of ``transform``, like ``cell``, ``backward`` and ``allow_leak``.
+        readout: Of ``transform``, like ``cell``, ``backward``, ``forward``, ``tol`` and ``allow_leak``.
         steps: Optimizer steps of the whole run, over which the learning rate falls.
         batch: Sequences in a forward.
         accumulate: Forwards in a step.
@@ -81,6 +81,8 @@ class Settings:
     cell: str = "auto"
     readout: str = "auto"
     backward: str = "auto"
+    forward: str = "sequential"
+    tol: float | None = None
     allow_leak: bool = False
     steps: int = 1000
     batch: int = 16
@@ -152,7 +154,7 @@ def transform_options(settings: Settings) -> dict[str, Any]:
     Args:
         settings: Of the run.
     """
-    names = ("r", "interface", "cell", "readout", "backward", "allow_leak", "seed")
+    names = ("r", "interface", "cell", "readout", "backward", "forward", "tol", "allow_leak", "seed")
     named = {name: getattr(settings, name) for name in names}
     return {"regions": settings.cut, "credit": CREDITS[settings.credit], **named}
 
@@ -262,7 +264,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
             state.position += settings.batch * settings.accumulate
-            log.write(step=state.step, loss=loss, rate=rate, norm=norm)
+            log.write(step=state.step, loss=loss, rate=rate, norm=norm, **_solve_of(model, settings))
             if state.step % settings.evaluate_every == 0 or state.step == settings.steps:
                 state.held_out = evaluate(model, held_out, settings, run=run, lengths=lengths)
                 log.write(step=state.step, **state.held_out)
@@ -292,6 +294,15 @@ def _teacher(model: nn.Module, run: Callable[[Tensor], Tensor]) -> Callable[[Ten
             do="compile none",
         )
     return local
+
+
+def _solve_of(model: nn.Module, settings: Settings) -> dict[str, Any]:
+    """What a step's record says of the last forward, where latents were solved for."""
+    if not isinstance(model, BoundedModule) or settings.forward == "sequential":
+        return {}
+    solve = model.solve
+    told = {"iterations": solve.iterations, "residual": solve.residual}
+    return told if solve.fallback is None else {**told, "fallback": solve.fallback}
 
 
 def _accumulate(

@@ -15,6 +15,7 @@ from .credit import HBLL, SID  # noqa: E402
 from .engines import Engine  # noqa: E402
 from .errors import *  # noqa: E402,F403
 from .errors import __all__ as _errors  # noqa: E402
+from .newton import Solve  # noqa: E402
 from .plan import Plan  # noqa: E402
 from .region import Region, Taps  # noqa: E402
 from .report import Report  # noqa: E402
@@ -31,6 +32,7 @@ __all__ = [
     "Plan",
     "Region",
     "Report",
+    "Solve",
     "Taps",
     "plan",
     "transform",

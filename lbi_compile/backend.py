@@ -36,6 +36,8 @@ from lbi_compile.passes import (
 from lbi_compile.passes import batch_regions as batch_regions_file
 from lbi_compile.passes import scan_backward as scan_backward_file
 from lbi_compile.passes.batch_regions import batch_regions
+from lbi_compile.passes.critical_path import critical_path
+from lbi_compile.passes.forward_jacobians import forward_jacobians
 from lbi_compile.passes.jacobian_budget import JACOBIAN_BYTES, check_budget
 from lbi_compile.passes.scan_backward import ScanRecord, erase_markers, scan_backward
 
@@ -43,7 +45,11 @@ __all__ = ["ScanRecord", "eager_backend", "erase_markers", "last_record", "lbi"]
 
 
 def eager_backend(
-    record: ScanRecord, *, batched: bool = True, jacobian_bytes: int = JACOBIAN_BYTES
+    record: ScanRecord,
+    *,
+    batched: bool = True,
+    jacobian_bytes: int = JACOBIAN_BYTES,
+    side_by_side: bool = False,
 ) -> Callable[..., Any]:
     """A ``torch.compile`` backend that runs a marked graph operator by operator, with the scan in its backward.
 
@@ -53,6 +59,7 @@ def eager_backend(
         record: Always describes the graph that was compiled or run last.
         batched: Run what regions do alike as one operator.
         jacobian_bytes: Most bytes for Jacobians; see ``scan_backward``.
+        side_by_side: The graph evaluates regions side by side: Jacobians go into its forward, and it has no backward.
 
     Returns:
         The backend. Where the graph cannot be solved by a scan it raises ``EngineError`` (inside Dynamo's
@@ -83,7 +90,10 @@ def eager_backend(
 
         def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
             try:
-                scan_backward(joint, record=this, jacobian_bytes=jacobian_bytes)
+                if side_by_side:
+                    forward_jacobians(joint, record=this, forward_outputs=options["num_fwd_outputs"])
+                else:
+                    scan_backward(joint, record=this, jacobian_bytes=jacobian_bytes)
                 if batched:
                     batch_regions(joint, record=this.batched)
             finally:
@@ -91,6 +101,7 @@ def eager_backend(
             forward, backward = _torch.default_partition(joint, inputs, **options)
             _reshape(backward)
             this.forward_nodes, this.backward_nodes = len(forward.graph.nodes), len(backward.graph.nodes)
+            this.forward_path, this.backward_path = critical_path(forward.graph), critical_path(backward.graph)
             record.become(this)
             return forward, backward
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import engines
-from ._torch import NotTraceable, annotated, dispatch_mode_active, exporting, fresh_code, pytree
+from . import engines, running
+from ._torch import NotTraceable, dispatch_mode_active, exporting, fresh_code
 from .backend import eager_backend
 from .calls import ShapeCheck, call_signature
 from .capture import Inputs, bind, describe_inputs, signature
@@ -21,24 +21,23 @@ from .errors import (
     LBIError,
     PlanError,
     ShapeNotCapturedError,
-    StaleCaptureError,
 )
+from .forward import Solver, check_forward, refuse_forward, refuse_tracing, varying
 from .hooked_plan import is_hooked
 from .hooked_run import HookedProgram
 from .interfaces import Interface
-from .kernels import ops
+from .newton import SEQUENTIAL, Solve
 from .options import Options
-from .passes.alike import CHAIN, REGION
-from .passes.insert import OutputName, Program
+from .passes.insert import Program
 from .passes.scan_backward import ScanRecord
 from .plan import Plan
 from .racing import Racer
-from .region import SOURCES, Region, Taps
-from .staleness import fingerprint, modes_of, placement
+from .region import Region, Taps
+from .running import assemble
+from .staleness import fingerprint, modes_of, placement, raise_if_stale
 from .unbuilt import Unbuilt, not_built
 
 _chains = itertools.count()
-_UNLABELLED = contextlib.nullcontext()
 
 
 # What ran last under a local credit rule.
@@ -54,6 +53,7 @@ class BoundedModule(nn.Module):
     Attributes:
         plan: How the model is cut.
         engine: Which engine solved the adjoints of the last call, and why.
+        solve: How the latents of the last call were found.
         regions: The regions as modules.
     """
 
@@ -75,6 +75,8 @@ class BoundedModule(nn.Module):
         self._seen: tuple[Any, ...] = ()
         self._engine: engines.Engine | None = None
         self._request = options.backward
+        self._forward = options.forward
+        self._solve_record: Solve | None = None
         self._retarget: torch.dtype | None = None
         self._forget()
         self._modules["lbi"] = Unbuilt()
@@ -87,6 +89,7 @@ class BoundedModule(nn.Module):
         self._known: dict[Any, Any] = {}
         self._compiled: dict[Any, Any] = {}
         self._racer = Racer()
+        self._solver = Solver()
 
     # -- what users look at
 
@@ -107,6 +110,13 @@ class BoundedModule(nn.Module):
         if self._engine is None:
             return engines.Engine("none", "the model has not been called yet")
         return self._engine
+
+    @property
+    def solve(self) -> Solve:
+        """How the latents of the last call were found: iterations, residual, and why it fell back where it did."""
+        if self._solve_record is None:
+            return Solve(SEQUENTIAL, "the model has not been called yet")
+        return self._solve_record
 
     @property
     def source(self) -> nn.Module:
@@ -145,6 +155,30 @@ class BoundedModule(nn.Module):
     def backward(self) -> str:
         """The engine asked for."""
         return self._request
+
+    @property
+    def forward_method(self) -> str:
+        """The forward asked for: ``"sequential"``, ``"parallel"``, ``"quasi-newton"`` or ``"jacobi"``."""
+        return self._forward
+
+    @contextlib.contextmanager
+    def with_forward(self, name: str) -> Iterator[BoundedModule]:
+        """Run with another forward inside the block.
+
+        Args:
+            name: ``"sequential"``, ``"parallel"``, ``"quasi-newton"`` or ``"jacobi"``.
+
+        Example:
+            >>> with bounded.with_forward("sequential"):
+            ...     expected = bounded(x)
+        """
+        before, self._forward = self._forward, check_forward(name, None, None)
+        try:
+            if self._plan is not None:
+                refuse_forward(self)
+            yield self
+        finally:
+            self._forward = before
 
     @contextlib.contextmanager
     def with_engine(self, name: str) -> Iterator[BoundedModule]:
@@ -221,7 +255,7 @@ class BoundedModule(nn.Module):
             >>> logits = bounded.forward_path(x, hops=2)
         """
         program, leaves, credit = self._locally("forward_path", args, kwargs)
-        return _assemble(program, credit.path(self, program, leaves, hops, spans), (), ())
+        return assemble(program, credit.path(self, program, leaves, hops, spans), (), ())
 
     def _locally(
         self, what: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -238,20 +272,22 @@ class BoundedModule(nn.Module):
         inputs = bind(self._form, args, kwargs)
         leaves = inputs.leaves
         if torch.compiler.is_compiling():
+            refuse_tracing(self._forward)
             key = self._key(inputs)
             program = self._programs.get(key)
             if program is None:
                 raise RuntimeError("call the bounded model once in this mode with such inputs before compiling it")
             # without markers a backend has nothing to rewrite and gives the plain, exact backward
             marked = not exporting() and self._checks[key].coupled is None
-            return _assemble(program, *self._run(program, leaves, marked=marked, taps=taps))
+            return assemble(program, *self._run(program, leaves, marked=marked, taps=taps))
         program = self._program(inputs)
-        return _assemble(program, *self._solve(program, leaves, taps))
+        return assemble(program, *self._solve(program, leaves, taps))
 
     def _solve(self, program: Program, leaves: list[Any], taps: bool) -> Any:
+        pins = self._pins(program, leaves)
         if not torch.is_grad_enabled() or not self._needs_gradient(leaves):
             self._engine = engines.Engine("none", "no gradient was asked for")
-            return self._run(program, leaves, marked=False, taps=taps)
+            return self._run(program, leaves, marked=False, taps=taps, pins=pins)
         if self.credit is not None:
             self._engine = END_TO_END
             return self._run(program, leaves, marked=False, taps=taps)
@@ -260,34 +296,44 @@ class BoundedModule(nn.Module):
         if engine.name == engines.AUTO and is_hooked(self._plan):
             engine = engines.Engine(engines.CHAIN, "auto: regions that are modules and no graphs run as a chain")
         if engine.name == engines.AUTO:
-            return self._race(program, leaves, taps)
+            return self._race(program, leaves, taps, pins)
         if engine.name == engines.SCAN and boundaries >= 2:
             self._checks_of(program).raise_if_coupled(engines.SCAN)
-            return self._scan(program, leaves, taps, engine)
-        out = self._run(program, leaves, marked=engine.name == engines.CHAIN, taps=taps)
+            return self._scan(program, leaves, taps, engine, pins)
+        out = self._run(program, leaves, marked=engine.name == engines.CHAIN, taps=taps, pins=pins)
         self._engine = engine
         return out
 
-    def _race(self, program: Program, leaves: list[Any], taps: bool) -> Any:
+    def _pins(self, program: Program, leaves: list[Any]) -> Tensor | None:
+        """Latents that were solved for; ``None`` where regions run one after another."""
+        if self._forward == SEQUENTIAL:
+            self._solve_record = Solve(SEQUENTIAL, "asked for")
+            return None
+        pins, self._solve_record = self._solver(self, program, leaves, self._forward)
+        return pins
+
+    def _race(self, program: Program, leaves: list[Any], taps: bool, pins: Tensor | None) -> Any:
         """Run the engine that ``auto`` takes, or whose turn it is while engines are being timed."""
         # under a dispatch mode nothing is compiled, so the scan cannot run
         coupled = self._checks_of(program).coupled is not None or dispatch_mode_active()
         turn = self._racer.turn(self, leaves, coupled=coupled)
         try:
             if turn.name == engines.SCAN:
-                out = self._scan(program, leaves, taps, turn.engine)
+                out = self._scan(program, leaves, taps, turn.engine, pins)
             else:
-                out = self._run(program, leaves, marked=turn.name == engines.CHAIN, taps=taps)
+                out = self._run(program, leaves, marked=turn.name == engines.CHAIN, taps=taps, pins=pins)
                 self._engine = turn.engine
         except EngineError as error:
             if turn.name != engines.SCAN or not turn.refused(error.found):
                 raise
-            return self._race(program, leaves, taps)
+            return self._race(program, leaves, taps, pins)
         flat, hs, ms = out
         turn.forward_ended([*flat, *hs, *ms], [*self.parameters(), *leaves])
         return out
 
-    def _scan(self, program: Program, leaves: list[Any], taps: bool, engine: engines.Engine) -> Any:
+    def _scan(
+        self, program: Program, leaves: list[Any], taps: bool, engine: engines.Engine, pins: Tensor | None
+    ) -> Any:
         if dispatch_mode_active():
             raise EngineError(
                 "the scan engine under a TorchDispatchMode, which torch.compile does not trace",
@@ -295,12 +341,12 @@ class BoundedModule(nn.Module):
                 do='enter the mode around the backward only, or use bounded.with_engine("chain")',
             )
         # torch 2.11: Dynamo does not notice a parameter frozen or thawed in place and would run the stale graph
-        key = (id(program), taps, tuple(p.requires_grad for p in self.parameters()))
+        key = (id(program), taps, pins is None, tuple(p.requires_grad for p in self.parameters()))
         if key not in self._compiled:
             record = ScanRecord()
 
-            def scanned(module: BoundedModule, leaves: list[Any]) -> Any:
-                return module._run(program, leaves, marked=True, taps=taps)
+            def scanned(module: BoundedModule, leaves: list[Any], pins: Tensor | None) -> Any:
+                return module._run(program, leaves, marked=True, taps=taps, pins=pins)
 
             backend = eager_backend(
                 record, batched=self._options.batch_regions, jacobian_bytes=self._options.jacobian_bytes
@@ -309,8 +355,8 @@ class BoundedModule(nn.Module):
         compiled, record = self._compiled[key]
         record.error = None
         try:
-            with self._checks_of(program).marked_sizes(leaves):
-                flat, hs, ms = compiled(self, leaves)
+            with self._checks_of(program).marked_sizes(leaves), varying(pins):
+                flat, hs, ms = compiled(self, leaves, pins)
         except Exception as error:
             if isinstance(record.error, LBIError):
                 raise record.error from error
@@ -342,39 +388,13 @@ class BoundedModule(nn.Module):
         marked: bool,
         taps: bool,
         canvas: Tensor | None = None,
+        pins: Tensor | None = None,
     ) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
         if isinstance(program, HookedProgram):
             return program.run(self, leaves, marked=marked, taps=taps, canvas=canvas)
-        interface = self.interface
-        if isinstance(interface, LocalCredit):
-            return interface.run(self, program, leaves, taps=taps, canvas=canvas)
-        values: dict[str, Any] = dict(zip(program.inputs, leaves, strict=True))
-        program.prologue.run(values)
-        program.stem.run(values)
-        if canvas is not None:
-            values[program.canvas] = canvas
-        canvas = total = values[program.canvas]
-        assert canvas is not None
-        m = interface.initial(interface.fold(canvas))
-        summed = self.plan.readout == "sum"
-        hs, ms = [], []
-        h, compiling = canvas, torch.compiler.is_compiling()
-        for region, pieces in zip(self._regions, program.regions, strict=True):
-            if marked and m is not None:
-                m = ops.boundary(m, region.k, self._chain)
-            ms.append(m)
-            values[SOURCES] = [canvas, *(values.get(name) for name in program.shared)]
-            # tells the passes of a compiler whose a node of its graph is; run eagerly, nobody reads it
-            with annotated({CHAIN: self._chain, REGION: region.k}) if marked and compiling else _UNLABELLED:
-                m, h, x = region(canvas, m, values, pieces)
-                step = h - x if summed else h
-            hs.append(h)
-            if summed:
-                total = total + step
-        values[program.head_entry] = total if summed else h
-        program.head.run(values)
-        flat = [values[leaf.name] if isinstance(leaf, OutputName) else leaf for leaf in program.outputs]
-        return flat, tuple(hs) if taps else (), tuple(ms) if taps else ()
+        if isinstance(self.interface, LocalCredit):
+            return self.interface.run(self, program, leaves, taps=taps, canvas=canvas)
+        return running.run(self, program, leaves, marked=marked, taps=taps, canvas=canvas, pins=pins)
 
     def canvas_function(self, program: Program, leaves: list[Any]) -> Callable[[Tensor], list[Any]]:
         """The model's flat outputs as a function of the canvas alone, for probes."""
@@ -407,7 +427,7 @@ class BoundedModule(nn.Module):
     def _program(self, inputs: Inputs) -> Program:
         if self._plan is None:
             self.build(inputs)
-        self._raise_if_stale()
+        raise_if_stale(self)
         key, modes = self._key(inputs), modes_of(self.source)
         if key not in self._programs or self._checks[key].modes != modes:
             if (key, modes) not in self._known:
@@ -440,22 +460,13 @@ class BoundedModule(nn.Module):
     def _checks_of(self, program: Program) -> ShapeCheck:
         return next(self._checks[key] for key, known in self._programs.items() if known is program)
 
-    def _raise_if_stale(self) -> None:
-        seen = fingerprint(self)
-        if self._seen and seen != self._seen:
-            changed = sorted({a[0] for a, b in itertools.zip_longest(seen, self._seen, fillvalue=("?",)) if a != b})
-            raise StaleCaptureError(
-                f"the model changed after transform at {', '.join(name or '<model>' for name in changed[:4])}",
-                expected="the modules and hooks that were captured",
-                do="swap modules, add adapters, parametrizations and hooks first, then transform",
-            )
-
     # -- copies, moves, state
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for derived in ("_programs", "_checks", "_known", "_compiled", "_racer", "_chain", "_seen"):
+        for derived in ("_programs", "_checks", "_known", "_compiled", "_racer", "_solver", "_chain", "_seen"):
             state.pop(derived)
+        state["_solve_record"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -469,8 +480,3 @@ class BoundedModule(nn.Module):
         if placement(self) != before:
             self._forget()  # devices and dtypes are baked into captured code
         return self
-
-
-def _assemble(program: Program, flat: list[Any], hs: tuple[Any, ...], ms: tuple[Any, ...]) -> Any:
-    out = pytree.tree_unflatten(flat, program.out_spec)
-    return (out, Taps(hs, ms)) if hs else out

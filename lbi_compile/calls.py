@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import engines
+from . import engines, newton
 from ._torch import dynamic_sizes, quiet_about_gradients
 from .capture import Inputs
 from .errors import BatchCouplingError, ShapeNotCapturedError
@@ -52,14 +52,22 @@ class ShapeCheck:
         """Number of axes of each input tensor."""
         return [len(sizes) for _, sizes in filter(None, self.inputs)]
 
-    def raise_if_coupled(self, engine: str) -> None:
-        """Refuse the scan where samples mix.
+    def raise_if_coupled(self, engine: str, *, forward: str = newton.SEQUENTIAL) -> None:
+        """Refuse the scan, and a forward that needs Jacobians, where samples mix.
 
         Raises:
             BatchCouplingError: They do.
         """
-        if engine == engines.SCAN and self.coupled is not None:
+        if self.coupled is None:
+            return
+        if engine == engines.SCAN:
             raise copy.copy(self.coupled)  # an error that is raised holds on to the frames it passed
+        if forward in (newton.PARALLEL, newton.QUASI):
+            raise BatchCouplingError(
+                self.coupled.found,
+                expected="regions that treat every sample alone, so that each has interface Jacobians of its own",
+                do='use forward="sequential", or forward="jacobi", which needs no Jacobians',
+            )
 
     @contextlib.contextmanager
     def marked_sizes(self, leaves: list[Any]) -> Iterator[None]:

@@ -167,7 +167,7 @@ def _cut(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _training_side(options: argparse.Namespace) -> dict[str, Any]:
-    return {"backward": options.backward, "seed": options.seed}
+    return {name: getattr(options, name) for name in ("backward", "forward", "tol", "max_iters", "seed")}
 
 
 def _regions(text: str) -> int | list[str] | Plan:
@@ -205,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         if run is not _plan:
             _add_backward(command, "auto")
+            _add_forward(command)
         if run is not _verify:
             command.add_argument("--why", action="store_true", help="print every decision with its reason")
             for form, (_, text) in drawings.FORMS.items():
@@ -269,6 +270,17 @@ def _add_backward(command: argparse.ArgumentParser, default: str) -> None:
         metavar="NAME",
         help="how adjoints are solved: auto, autograd, chain, scan (default: %(default)s)",
     )
+
+
+def _add_forward(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--forward",
+        default="sequential",
+        metavar="NAME",
+        help="how latents are found: sequential, parallel, quasi-newton, jacobi (default: %(default)s)",
+    )
+    command.add_argument("--tol", type=float, metavar="X", help="residual at which a parallel forward has converged")
+    command.add_argument("--max-iters", type=int, metavar="N", help="most iterations of a parallel forward")
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:

@@ -24,3 +24,6 @@ class Options:
     credit: Credit | None = None
     batch_regions: bool = True
     jacobian_bytes: int = JACOBIAN_BYTES
+    forward: str = "sequential"
+    tol: float | None = None
+    max_iters: int | None = None

@@ -167,6 +167,9 @@ class Plan:
         shared: Values beside the canvas that every region may read, because next to no work leads to them.
         gather: Where a final stack or concatenation of the regions' outputs ends; it belongs to the head.
         credit: How regions are taught: ``"exact"``, or the name of a local rule, which then says itself what crosses.
+        forward: ``"sequential"``; or how latents are solved for, ``"parallel"``, ``"quasi-newton"`` or ``"jacobi"``.
+        tol: Residual at which a parallel forward has converged; ``None`` for that of the dtype.
+        max_iters: Most iterations of a parallel forward; ``None`` for as many as it may need.
     """
 
     model: str
@@ -189,6 +192,9 @@ class Plan:
     shared: tuple[Point, ...] = ()
     gather: Point | None = None
     credit: str = EXACT
+    forward: str = "sequential"
+    tol: float | None = None
+    max_iters: int | None = None
 
     @property
     def boundaries(self) -> tuple[Point, ...]:
@@ -216,6 +222,10 @@ class Plan:
         record = dataclasses.asdict(self)
         record.pop("passes")
         record.pop("inputs")
+        if self.forward == "sequential":
+            # plans from before there was another forward keep their hash
+            for name in ("forward", "tol", "max_iters"):
+                record.pop(name)
         return hashlib.sha256(json.dumps(_without_reasons(record), sort_keys=True).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import auto, engines
+from .newton import SEQUENTIAL
 
 if TYPE_CHECKING:
     from .bounded import BoundedModule
@@ -31,7 +33,7 @@ class Racer:
         """
         cost = costs(bounded, leaves, coupled=coupled)
         device = _device(leaves)
-        program_name = f"{bounded.plan.hash} {bounded.training}"
+        program_name = f"{bounded.plan.hash} {bounded.training} {bounded.forward_method}"
         key = auto.key(program=program_name, leaves=leaves, engines=tuple(cost), device=device)
         if self._timed is not None:  # a forward that was never differentiated
             missed, watch = self._timed
@@ -104,6 +106,8 @@ def costs(bounded: BoundedModule, leaves: list[Any], *, coupled: bool) -> dict[s
         batched=bounded.batches_regions,
         device=_device(leaves),
     )
+    if bounded.forward_method != SEQUENTIAL:
+        facts = dataclasses.replace(facts, parallel=True)  # regions read latents that were solved for
     cost = auto.predict(facts)
     if coupled:
         del cost[engines.SCAN]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .errors import StaleCaptureError
 from .hooked_plan import is_hooked
 
 if TYPE_CHECKING:
@@ -23,6 +24,22 @@ def fingerprint(bounded: BoundedModule) -> tuple[Any, ...]:
         (name, id(module), *(len(getattr(module, kind)) for kind in hooks))
         for name, module in (*bounded.source.named_modules(), *own)
     )
+
+
+def raise_if_stale(bounded: BoundedModule) -> None:
+    """Refuse to run a model that is no longer the one that was captured.
+
+    Raises:
+        StaleCaptureError: Modules or hooks were changed.
+    """
+    seen = fingerprint(bounded)
+    if bounded._seen and seen != bounded._seen:
+        changed = sorted({a[0] for a, b in itertools.zip_longest(seen, bounded._seen, fillvalue=("?",)) if a != b})
+        raise StaleCaptureError(
+            f"the model changed after transform at {', '.join(name or '<model>' for name in changed[:4])}",
+            expected="the modules and hooks that were captured",
+            do="swap modules, add adapters, parametrizations and hooks first, then transform",
+        )
 
 
 def placement(model: nn.Module) -> set[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,10 +27,12 @@ from .errors import (
     OptionError,
     RegionsError,
 )
+from .forward import check_forward, refuse_forward
 from .hooked_plan import is_hooked
 from .interfaces import CELLS, KINDS, Interface, build_interface, build_lanes
 from .lane_forms import lane_forms
 from .naming import batch_symbol
+from .newton import SEQUENTIAL
 from .options import Options
 from .passes.axes import coupling_error
 from .passes.insert import Owner, Program, insert
@@ -53,6 +56,9 @@ def transform(
     credit: str | Credit = "exact",
     batch_regions: bool = True,
     jacobian_bytes: int = JACOBIAN_BYTES,
+    forward: str = "sequential",
+    tol: float | None = None,
+    max_iters: int | None = None,
     seed: int = 0,
 ) -> BoundedModule:
     """Cut ``model`` into regions that exchange only small latents, and return it as a trainable module.
@@ -81,6 +87,13 @@ def transform(
             them. A Jacobian is r x r numbers for every index, so long sequences with the token interface's GRU cell
             need much: beyond this, one part of the indices is done after another, or a few rows at a time where
             indices cannot be taken apart. ``bounded.engine`` tells.
+        forward: ``"sequential"``: region after region. ``"parallel"``: the latents of all boundaries are solved for by
+            Newton's method and a prefix scan, evaluating all regions side by side; ``"quasi-newton"`` takes the
+            diagonals of the Jacobians, ``"jacobi"`` none. Same output and gradients up to ``tol``; ``bounded.solve``
+            tells how it went. Where it does not converge the regions are run one after another, and that is told.
+        tol: Residual at which a parallel forward has converged, as in ``bounded.solve.residual``; by default 1e-4 for
+            latents of float32 and 1e-10 for float64.
+        max_iters: Most iterations of a parallel forward; by default K - 1, after which it is exact.
         seed: Seed of the interface parameters; the global random state is left alone.
 
     Returns:
@@ -96,6 +109,7 @@ def transform(
     options = _options(
         model, regions, r, interface, cell, readout, backward, allow_leak, seed, credit, batch_regions, jacobian_bytes
     )
+    options = _with_forward(options, forward, tol, max_iters)
     bounded = BoundedModule(model, options)
     if example_inputs is not None or default_inputs(model) is not None:
         bounded.build(as_inputs(model, example_inputs))
@@ -192,6 +206,21 @@ def _options(
     return Options(regions, r, interface, cell, readout, engine, allow_leak, seed, rule, bool(batch_regions), budget)
 
 
+def _with_forward(options: Options, forward: str, tol: float | None, max_iters: int | None) -> Options:
+    """The options with how the forward runs; where nothing is asked for, a plan says it."""
+    given = options.regions
+    if isinstance(given, Plan) and forward == SEQUENTIAL:
+        forward, tol, max_iters = given.forward, tol or given.tol, max_iters or given.max_iters
+    check_forward(forward, tol, max_iters)
+    if options.credit is not None and forward != SEQUENTIAL:
+        raise OptionError(
+            f"forward={forward!r} with credit={options.credit.name!r}",
+            expected="a sequential forward: the rule itself says what regions read",
+            do='leave forward out, or use credit="exact"',
+        )
+    return dataclasses.replace(options, forward=forward, tol=tol, max_iters=max_iters)
+
+
 def build(bounded: BoundedModule, inputs: Inputs) -> None:
     """Capture, analyse, make the interface and the first program, and check them; all or nothing."""
     try:
@@ -217,17 +246,21 @@ def _build(bounded: BoundedModule, inputs: Inputs) -> None:
     if found is None and options.credit is not None:
         raise no_graph(options.credit, refused)
     if found is None:
+        refuse_forward(bounded, hooked=True)
         return hooked.build(bounded, inputs, refused)
     analysis = _analyse(model, found, options)
+    solved = {"forward": options.forward, "tol": options.tol, "max_iters": options.max_iters}
+    analysis.plan = dataclasses.replace(analysis.plan, **solved)
     program = _insert(bounded, analysis)
     interface = _interface(bounded, analysis, program)
     check = _check(analysis, interface)
-    check.raise_if_coupled(options.backward)
+    check.raise_if_coupled(options.backward, forward=options.forward)
     regions = tuple(Region(k, interface) for k in range(len(analysis.plan.regions)))
     before = (bounded._plan, bounded._regions, bounded._modules["lbi"])
     bounded._plan, bounded._regions = analysis.plan, regions
     bounded._modules["lbi"] = interface
     try:
+        refuse_forward(bounded)
         if bounded.credit is not None:
             bounded.credit.prepare(bounded, program)
         _measure_leak(bounded, analysis, program)
@@ -248,7 +281,7 @@ def build_program(bounded: BoundedModule, inputs: Inputs) -> tuple[Program, Shap
             raise hooked.too_late(error) from error
         analysis = locate(bounded.source, found, bounded.plan)
         check = _check(analysis, bounded.interface)
-        check.raise_if_coupled(bounded.backward)
+        check.raise_if_coupled(bounded.backward, forward=bounded.forward_method)
         program = _insert(bounded, analysis)
         if bounded.credit is not None:
             bounded.credit.prepare(bounded, program)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from . import (
     axes,
     costs,
+    critical_path,
     evaluate,
     insert,
     lanes,
@@ -38,6 +39,7 @@ from . import (
 __all__ = [
     "axes",
     "costs",
+    "critical_path",
     "evaluate",
     "insert",
     "lanes",

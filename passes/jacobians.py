@@ -15,7 +15,7 @@ from lbi_compile.passes.batch_cotangents import Batched, BatchInterpreter
 from lbi_compile.passes.index_chunks import Inseparable, Narrowed, Operand, narrowed
 from lbi_compile.passes.jacobian_budget import Work, working_bytes
 from lbi_compile.passes.jacobian_slices import Slice, cut, downstream, simplify
-from lbi_compile.passes.splicing import Splicer
+from lbi_compile.passes.splicing import BACKWARD, Splicer
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ class Jacobians:
         gm: The joint graph.
         splicer: Of the chain.
         r: Latent width.
+        tag: AOTAutograd's tag of Jacobians: where they run.
 
     Attributes:
         unrolled: Operator to the reason why it runs once per cotangent.
@@ -77,8 +78,8 @@ class Jacobians:
         inseparable: Region to the reason why its Jacobian cannot be computed for some of the indices.
     """
 
-    def __init__(self, gm: fx.GraphModule, splicer: Splicer, r: int) -> None:
-        self.gm, self.splicer, self.r = gm, splicer, r
+    def __init__(self, gm: fx.GraphModule, splicer: Splicer, r: int, *, tag: str = BACKWARD) -> None:
+        self.gm, self.splicer, self.r, self.tag = gm, splicer, r, tag
         self.unrolled: dict[str, str] = {}
         self.attention: set[str] = set()
         self.inseparable: dict[int, str] = {}
@@ -91,7 +92,9 @@ class Jacobians:
         if region.end not in region.path and region.end is not region.source:
             # Nothing flows from this latent to the next one (a detached region).
             lead = [1] * (value.dim() - 1)
-            node = self.splicer(lambda: torch.zeros(*lead, r, r, dtype=value.dtype, device=value.device), [])
+            node = self.splicer(
+                lambda: torch.zeros(*lead, r, r, dtype=value.dtype, device=value.device), [], tag=self.tag
+            )
             return Jacobian(region, None, None, None, node)
         piece = cut(self.gm, region.path, live=[region.source], dead=region.extra, end=region.end)
         like = piece.signature()
@@ -209,11 +212,11 @@ class Jacobians:
             return found[0] if len(found) == 1 else torch.cat(found, -2)
 
         label = {**region.label, PART: "jacobian"} if labelled else None
-        return self.splicer(rows, [self._eye(value), *piece.constants], like=like, label=label)
+        return self.splicer(rows, [self._eye(value), *piece.constants], like=like, tag=self.tag, label=label)
 
     def _eye(self, like: Tensor) -> fx.Node:
         r, dtype, device = self.r, like.dtype, like.device
-        return self.splicer.once(lambda: torch.eye(r, dtype=dtype, device=device), like=(r, dtype))
+        return self.splicer.once(lambda: torch.eye(r, dtype=dtype, device=device), like=(r, dtype), tag=self.tag)
 
     def _run(self, module: fx.GraphModule, eye: Tensor, shape: tuple[Any, ...], *values: Any) -> Tensor:
         """The path run on ``eye`` ``[rows, R]``: ``[*lead or 1s, rows, R]``."""

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-import lbi_compile.kernels.ops  # noqa: F401  registers the operators
+import lbi_compile.kernels.ops
+import lbi_compile.kernels.pins  # noqa: F401  both register operators
 from lbi_compile._torch import has_example, is_tangent, same_shape
 from lbi_compile.errors import EngineError, LBIError
 from lbi_compile.passes.adjoint_scan import AdjointScan
@@ -25,6 +26,7 @@ from lbi_compile.passes.ordering import sort
 from lbi_compile.passes.splicing import Splicer
 
 FORWARD, BACKWARD = torch.ops.lbi.boundary.default, torch.ops.lbi.boundary_bwd.default
+PINNED = torch.ops.lbi.pinned.default
 MAX_R = 64
 
 
@@ -34,7 +36,7 @@ class ScanRecord:
 
     Attributes:
         status: ``"none"`` (nothing compiled yet), ``"scan"``, ``"plain"`` (nothing to scan), ``"inference"`` (no
-            backward) or ``"failed"``.
+            backward), ``"forward"`` (Jacobians in the forward) or ``"failed"``.
         why: One sentence about ``status``.
         scans: Calls of ``lbi::suffix_scan`` in the backward, one per bounded model (and per call of it) in the graph.
         jacobians: Interface Jacobians over all scans.
@@ -48,6 +50,8 @@ class ScanRecord:
         inserted: Nodes added to the joint graph, before dead ones are removed.
         forward_nodes: Nodes of the forward graph (eager default only, as is the next).
         backward_nodes: Nodes of the backward graph.
+        forward_path: Operators of the forward graph that wait for each other (eager default only, as is the next).
+        backward_path: Operators of the backward graph that wait for each other.
         seconds: Time the rewrite took.
         batched: What was batched over regions afterwards.
         error: Why the rewrite failed.
@@ -67,6 +71,8 @@ class ScanRecord:
     inserted: int = 0
     forward_nodes: int = 0
     backward_nodes: int = 0
+    forward_path: int = 0
+    backward_path: int = 0
     seconds: float = 0.0
     batched: BatchRecord = field(default_factory=BatchRecord)
     error: LBIError | None = None
@@ -148,9 +154,17 @@ def scan_backward(
 def erase_markers(graph: fx.Graph) -> None:
     """Take every marker out of ``graph``.
 
-    A forward marker becomes the copy that it is: AOTAutograd has noted that its result is no alias of anything.
+    A forward marker becomes the copy that it is: AOTAutograd has noted that its result is no alias of anything. A
+    pinned latent becomes a copy of the value it is pinned to: nothing waits for the latent any more.
     """
     for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is PINNED:
+            m, value = (a.meta["val"] for a in node.all_input_nodes)
+            if m.dtype == value.dtype:
+                node.target, node.args = torch.ops.aten.clone.default, node.args[1:]
+            else:
+                node.target, node.args = torch.ops.aten._to_copy.default, node.args[1:]
+                node.kwargs = {"dtype": m.dtype}
         if node.op == "call_function" and node.target is FORWARD:
             node.target, node.args = torch.ops.aten.clone.default, node.args[:1]
         elif node.op == "call_function" and node.target is BACKWARD:
@@ -225,7 +239,7 @@ def _solve(
 ) -> None:
     """Solve the adjoints of one chain; ``markers`` are its backward markers from the first boundary to the last."""
     graph = gm.graph
-    r = _width(markers)
+    r = latent_width(markers)
     order = {node: i for i, node in enumerate(graph.nodes)}
     shape = markers[-1].meta["val"].shape
     latents = (
@@ -243,7 +257,7 @@ def _solve(
     roots = [*filter(is_tangent, graph.nodes), *markers]
     adjoint = {*roots, *downstream(roots)}
     for at, (to, source) in enumerate(itertools.pairwise(markers)):
-        region = _region(graph, markers, source, to, adjoint)
+        region = region_between(graph, markers, source, to, adjoint)
         found.append(jacobians.of(region))
         if region.extra:
             others[at] = bias(gm, region, splicer)
@@ -292,7 +306,7 @@ def _parts(jacobians: Jacobians, found: Sequence[Jacobian], last: fx.Node, budge
     return how
 
 
-def _width(markers: Sequence[fx.Node]) -> int:
+def latent_width(markers: Sequence[fx.Node]) -> int:
     shapes = [tuple(marker.meta["val"].shape) for marker in markers]
     if not shapes[0] or not all(same_shape(shape, shapes[0]) for shape in shapes):
         raise EngineError(
@@ -310,7 +324,7 @@ def _width(markers: Sequence[fx.Node]) -> int:
     return r
 
 
-def _region(
+def region_between(
     graph: fx.Graph, markers: Sequence[fx.Node], source: fx.Node, to: fx.Node, adjoint: Collection[fx.Node]
 ) -> AdjointPath:
     """Nodes between two backward markers, and those of ``adjoint`` (all that depends on a tangent) that join them."""

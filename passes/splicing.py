@@ -84,10 +84,10 @@ class Splicer:
                     self._mark(copies[node], node, tag, label)
         raise AssertionError("a traced graph has an output")
 
-    def once(self, function: Callable[[], Tensor], *, like: Hashable) -> fx.Node:
+    def once(self, function: Callable[[], Tensor], *, like: Hashable, tag: str = BACKWARD) -> fx.Node:
         """Insert ``function`` of nothing, unless it was inserted with this ``like`` before."""
         if like not in self.values:
-            self.values[like] = self(function, [])
+            self.values[like] = self(function, [], tag=tag)
         return self.values[like]
 
     def knows(self, like: Hashable | None) -> bool:

@@ -8,6 +8,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.text import Text
 from rich.tree import Tree
 
+from lbi_compile.newton import SEQUENTIAL
 from lbi_compile.plan import EXACT, Decision, Part, Plan, RegionPlan
 
 from .text import bar, count, facts, layers, plain, shape, size
@@ -93,6 +94,8 @@ def _header(plan: Plan, engine: str | None) -> Iterator[tuple[str, RenderableTyp
     yield "readout", _because(plan.readout, reasons.get("readout"))
     if plan.credit != EXACT:
         yield "credit", _because(plan.credit, reasons.get("credit"))
+    if plan.forward != SEQUENTIAL:
+        yield "forward", _forward(plan)
     if engine:
         yield "engine", engine
     yield "canvas", f"{plan.canvas.name}  {shape(plan.canvas)}"
@@ -118,6 +121,12 @@ def _crossing(plan: Plan) -> str:
     extra = [f"{plan.cell} cell"] if plan.cell else []
     extra += [f"{plan.chunk} positions a chunk"] if plan.chunk else []
     return ", ".join([plan.interface, *extra])
+
+
+def _forward(plan: Plan) -> str:
+    asked = [f"tol {plan.tol:.0e}"] if plan.tol else []
+    asked += [f"at most {plan.max_iters} iterations"] if plan.max_iters else []
+    return ", ".join([plan.forward, *asked])
 
 
 def _details(plan: Plan, region: RegionPlan) -> Iterator[tuple[str, RenderableType]]:
