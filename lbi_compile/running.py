@@ -139,6 +139,7 @@ def _side_by_side(
         zip([m, *guess.unbind()[:-1]], bounded.regions, program.regions, strict=False)
     ):
         if k and chain is not None:
+            assert known is not None  # only the first may have none
             known = ops.boundary(known, 2 * k, chain)
         values[SOURCES] = [canvas, *(values.get(name) for name in program.shared)]
         with annotated({CHAIN: bounded._chain, REGION: k}) if chain is not None else _UNLABELLED:
