@@ -54,8 +54,9 @@ class Narrowed:
     Attributes:
         module: The path; its inputs are the adjoint, ``operands``, ``zeros`` and the number of indices.
         lead: Sizes of the indices ``[*lead]`` of the whole.
-        head: What is computed from constants alone, once for all parts: the inputs of the path but the adjoint to
-            those sources of ``operands`` that are no inputs, in their order; ``None`` where all are.
+        head: What is computed from constants alone and cannot be for a part, once for all of them: the inputs of the
+            path but the adjoint to those sources of ``operands`` that are no inputs, in their order; ``None`` where
+            all are.
         operands: What the path reads.
         zeros: What it reads as zero.
         inputs: Place among the constants of the path, for sources that are inputs.
@@ -146,9 +147,10 @@ def narrowed(piece: Slice, module: fx.GraphModule) -> Narrowed:
     lead = tuple(live.meta["val"].shape[:-1])
     zeros = inputs[len(piece.constants) :]
     forms = _forms(nodes, live, zeros, lead)
+    _follow_back(nodes, forms, zeros, lead)
     graph = fx.Graph()
     copies = {live: graph.placeholder("live")}
-    operands = _operands(nodes, forms, zeros, lead)
+    operands = _operands(nodes, forms, zeros)
     placed: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
     order: dict[Operand, fx.Node] = {}
     for kind in (False, True):
@@ -233,8 +235,32 @@ def _form(node: fx.Node, places: dict[int, tuple[int, int]], sizes: tuple[int, .
     raise Inseparable(f"{node.target} holds the indices in other than its leading axes")
 
 
-def _operands(
+def _follow_back(
     nodes: Sequence[fx.Node], forms: dict[fx.Node, int], zeros: Sequence[fx.Node], lead: tuple[Any, ...]
+) -> None:
+    """Add to ``forms`` what is computed elementwise from constants and can be for a part: whole, it would live long."""
+    wanted: dict[fx.Node, set[int]] = {}
+    for node in reversed(nodes):
+        if node.op == "placeholder":
+            continue
+        if node not in forms:
+            value = node.meta.get("val")
+            found = wanted.get(node, set())
+            if len(found) != 1 or torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+                continue
+            form = min(found)
+            sizes = lead if form == len(lead) else (math.prod(lead),)
+            if not form or not isinstance(value, Tensor) or not same_shape(value.shape[:form], sizes):
+                continue
+            forms[node] = form
+        for source in node.all_input_nodes:
+            if source not in forms and source not in zeros and isinstance(source.meta.get("val"), Tensor):
+                operand = _operand(node, source, forms[node])
+                wanted.setdefault(source, set()).add(0 if operand.missing else operand.lead)
+
+
+def _operands(
+    nodes: Sequence[fx.Node], forms: dict[fx.Node, int], zeros: Sequence[fx.Node]
 ) -> dict[tuple[fx.Node, fx.Node], Operand]:
     """How each node on the path reads values that do not depend on the adjoint, by reader and value."""
     found: dict[tuple[fx.Node, fx.Node], Operand] = {}
@@ -248,11 +274,11 @@ def _operands(
                 if node.target not in _RESHAPES:
                     raise Inseparable(f"{node.target} reads a size that varies")
                 continue
-            found[node, source] = _operand(node, source, forms[node], lead)
+            found[node, source] = _operand(node, source, forms[node])
     return found
 
 
-def _operand(node: fx.Node, source: fx.Node, form: int, lead: tuple[Any, ...]) -> Operand:
+def _operand(node: fx.Node, source: fx.Node, form: int) -> Operand:
     if node.target is aten.mm.default and node.args[1] is source and node.args[0] is not source:
         return Operand(source)
     if node.target not in _ALIGNED and torch.Tag.pointwise not in getattr(node.target, "tags", ()):
