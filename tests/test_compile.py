@@ -64,6 +64,7 @@ def test_lbi_backend_has_no_breaks_and_no_recompiles(name: str, options: dict[st
     assert last_record().jacobians == (2 if options.get("interface") == "token" else 3)
 
 
+@pytest.mark.slow
 def test_plain_inductor_is_exact_as_a_chain() -> None:
     bounded, inputs = bounded_without_dropout("mlp")
     expected = gradients(bounded, inputs, "autograd")

@@ -131,9 +131,8 @@ class Live(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(
-    ("b", "t", "budget"), [(4, 64, MIB), pytest.param(16, 4096, JACOBIAN_BYTES, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("b", "t", "budget"), [(4, 64, MIB), (16, 4096, JACOBIAN_BYTES)])
 def test_jacobians_of_all_parts_never_live_together(b: int, t: int, budget: int):
     module, K, r = Token("gru", K=8, r=16).double(), 8, 16
     compiled, record = scanned(module, budget)
