@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
+from ._torch import paused_collector
 from .capture import Capture
 from .errors import PlanError
 from .interfaces import interface_class, tokens_per_chunk
@@ -149,6 +150,7 @@ class _Clock:
         return result
 
 
+@paused_collector()
 def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
     """Run liveness, costs, separators, partition and axes on a captured model, and settle the interface.
 
@@ -354,12 +356,12 @@ class _Steps:
         before, after = layout(source, batch=self.batch), layout(sink, batch=self.batch)
         if len(before.positions) != len(after.positions):
             return False
-        fn = _measurable(self.evaluator, source, sink)
         nodes = self._between(source, sink)
         # layers wired like one that mixes count as mixing too: with other weights they might not, but unsure is coupled
         form = before, after, form_of_nodes(nodes, source=source, shapes=self.cost.shape)
         if form in self._mixing:
             return False
+        fn = _measurable(self.evaluator, source, sink)
         found = all(
             axes.classify(
                 nodes,

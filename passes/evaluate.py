@@ -6,6 +6,7 @@ Contract: inputs, buffers, random state and gradients of the model are afterward
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -82,15 +83,19 @@ class Evaluator:
         """
         nodes, at = self._nodes, self._position
         first = at[source] + 1 if inside is None else min((at[node] for node in inside), default=at[sink])
-        between = nodes[first : at[sink] + 1]
-        again = set(between if inside is None else inside)
-        live = [node for node in between if node in again and self.live.kind.get(node) == LIVE]
-        # nodes that write to memory need it as it was before them, and would spoil the values that are kept
-        writes = any(is_mutating(node) for node in live)
-        steps = _Steps([node for node in (between if writes else live) if node is not source], keep=[sink])
-        reads = [node for node in steps.reads if node is not source]
+
+        @functools.cache
+        def plan() -> tuple[bool, _Steps, list[fx.Node]]:
+            between = nodes[first : at[sink] + 1]
+            again = set(between if inside is None else inside)
+            live = [node for node in between if node in again and self.live.kind.get(node) == LIVE]
+            # nodes that write to memory need it as it was before them, and would spoil the values that are kept
+            writes = any(is_mutating(node) for node in live)
+            steps = _Steps([node for node in (between if writes else live) if node is not source], keep=[sink])
+            return writes, steps, [node for node in steps.reads if node is not source]
 
         def run(value: Tensor) -> Tensor:
+            writes, steps, reads = plan()
             with self._draws():
                 if writes:
                     # the source among them: what is written before it is made is not to be repeated
@@ -118,8 +123,8 @@ class Evaluator:
         run = self._interpreter
         run.start(env)
         try:
-            for node, dead in zip(steps.nodes, steps.dead, strict=True):
-                env[node] = run.run_node(node)
+            for node, call, dead in zip(steps.nodes, steps.calls, steps.dead, strict=True):
+                env[node] = run.run_node(node) if call is None else call(env)
                 for seen in dead:
                     env.pop(seen, None)
         finally:
@@ -149,10 +154,12 @@ class _Steps:
         keep: Nodes whose values are wanted at the end.
         dead: For each node those whose values nobody wants any more once it has run.
         reads: Other nodes whose values they read.
+        calls: For each node how to run it with the values so far; ``None`` where that takes an interpreter.
     """
 
     def __init__(self, nodes: Sequence[fx.Node], *, keep: Iterable[fx.Node]) -> None:
         self.nodes, self.keep = nodes, frozenset(keep)
+        self.calls = [_call(node) for node in nodes]
         last = {node: i for i, node in enumerate(nodes)}
         inside = set(last)
         for i, node in enumerate(nodes):
@@ -162,6 +169,24 @@ class _Steps:
             if node not in self.keep:
                 self.dead[i].append(node)
         self.reads = [node for node in last if node not in inside]
+
+
+def _call(node: fx.Node) -> Callable[[Mapping[fx.Node, Any]], Any] | None:
+    """Calls the node's operator; an interpreter would look for nodes among its arguments anew in every run."""
+    if node.op != "call_function" or node.kwargs:
+        return None
+    target, given = node.target, list(node.args)
+    reads = [(i, arg) for i, arg in enumerate(given) if isinstance(arg, fx.Node)]
+    if not callable(target) or len(reads) != len(node.all_input_nodes):  # a list of nodes, or a node read twice
+        return None
+
+    def call(env: Mapping[fx.Node, Any]) -> Any:
+        args = given.copy()
+        for i, source in reads:
+            args[i] = env[source]
+        return target(*args)
+
+    return call
 
 
 class _Values(Mapping[fx.Node, Any]):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lbi_compile._torch import paused_collector
 from lbi_compile.errors import NoSeparatorError
 from lbi_compile.passes.lanes import STEM, Cut
 from lbi_compile.passes.liveness import LIVE, NUMBER, PARAMETER_ONLY, Liveness, is_mutating, is_random
@@ -155,6 +156,7 @@ class OutputName:
     name: str
 
 
+@paused_collector()
 def insert(
     gm: fx.GraphModule,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from types import SimpleNamespace
 
@@ -74,3 +75,14 @@ def test_a_product_of_several_sizes_is_traced_whole(symbolic: tuple[SimpleNamesp
     with mode, _torch.enable_python_dispatcher():
         gm = _torch.traced(lambda x, y: x.new_ones([known]), [x, y], decompositions=None)
     assert gm(torch.zeros(3, 4), torch.zeros(5)).shape == (2 * 3 * 5,)
+
+
+def test_the_collector_is_as_it_was_after_a_pause():
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            with _torch.paused_collector():
+                assert not gc.isenabled()
+            assert gc.isenabled() == enabled
+        finally:
+            gc.enable()
