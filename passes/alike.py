@@ -97,6 +97,9 @@ class Label(NamedTuple):
     region: int
 
 
+_SEVERAL = Label(-1, "", -1)  # of a sum over regions
+
+
 def region_label(node: fx.Node) -> Label | None:
     """Region that ``node`` was traced in; ``None`` outside of regions."""
     label = node.meta.get("custom") or {}
@@ -133,11 +136,12 @@ def _regions(graph: fx.Graph) -> dict[Hashable, dict[int, list[fx.Node]]]:
     for node in graph.nodes:
         label = region_label(node)
         if label is None and node.target is aten.add.Tensor:
-            # autograd adds gradients up outside of any region; what it adds up within one belongs there
-            around = {labels[a] for a in node.all_input_nodes}
-            label = around.pop() if len(around) == 1 else None
+            # autograd adds gradients up outside of any region; what it adds up within one belongs there, and what
+            # all regions get alike (the readout's gradient) belongs to each; what two regions gave belongs to none
+            around = {labels[a] for a in node.all_input_nodes} - {None}
+            label = around.pop() if len(around) == 1 else _SEVERAL if around else None
         labels[node] = label
-        if label is not None and _may_join(node):
+        if label is not None and label is not _SEVERAL and _may_join(node):
             lists[label.chain, label.part, is_forward(node)][label.region].append(node)
     return lists
 
