@@ -175,6 +175,31 @@ def assign(
         ends: Where regions end; the last one starts the head.
         tail: Gathering nodes that belong to the head.
     """
+    late: frozenset[fx.Node] = frozenset()
+    while True:
+        piece, side = _assign(live, main, canvas, lanes, ends, tail, late)
+        apart = {a for node, some in live.memory.items() for a in (node, *some) if _apart(piece, node, some)}
+        if apart & side <= late:
+            return piece
+        # memory beside the main path is written to by several regions: all of that is done at the end
+        late |= apart & side
+
+
+def _apart(piece: Mapping[fx.Node, int], node: fx.Node, some: Iterable[fx.Node]) -> bool:
+    """The node uses memory that others use in another piece."""
+    return node in piece and any(before in piece and piece[before] != piece[node] for before in some)
+
+
+def _assign(
+    live: Liveness,
+    main: frozenset[fx.Node],
+    canvas: fx.Node,
+    lanes: Sequence[Sequence[fx.Node]],
+    ends: Sequence[fx.Node],
+    tail: frozenset[fx.Node],
+    late: frozenset[fx.Node],
+) -> tuple[dict[fx.Node, int], set[fx.Node]]:
+    """As ``assign``, with ``late`` in the head; the pieces, and the nodes beside the main path."""
     position = {node: i for i, node in enumerate(live.live)}
     first = position.get(canvas, -1)
     piece: dict[fx.Node, int] = {}
@@ -183,6 +208,7 @@ def assign(
             piece.setdefault(node, STEM if position[node] <= first else k)
     head = len(ends)
     gathered = ancestors(live, [before for node in tail for before in live.waits[node] if before not in tail])
+    side: set[fx.Node] = set()
     here = STEM  # the piece that program order has come to
     for i, node in enumerate(live.live):
         if node in piece or (node in main and node not in gathered):
@@ -193,12 +219,16 @@ def assign(
         at = {piece[before] for before in reads if before is not canvas and piece[before] != STEM}
         if i <= first:
             piece[node] = STEM
+            continue
+        side.add(node)
+        if node in late:
+            piece[node] = head
         elif not at:
             piece[node] = max(here, 0)
         else:
             # not earlier than program order has it: gradients would be summed in another order
             piece[node] = here if at == {here} and ends[-1] not in reads else head
-    return piece
+    return piece, side
 
 
 def crossing(
