@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from lbi_compile import _torch
-from lbi_compile.errors import OptionError
+from lbi_compile.errors import EngineError, LBIError, OptionError
 from lbi_compile.passes import (
     adjoint_scan,
     alike,
@@ -41,7 +42,7 @@ from lbi_compile.passes.forward_jacobians import forward_jacobians
 from lbi_compile.passes.jacobian_budget import JACOBIAN_BYTES, check_budget
 from lbi_compile.passes.scan_backward import ScanRecord, erase_markers, scan_backward
 
-__all__ = ["ScanRecord", "eager_backend", "erase_markers", "last_record", "lbi"]
+__all__ = ["ScanRecord", "compile_errors", "eager_backend", "erase_markers", "last_record", "lbi"]
 
 
 def eager_backend(
@@ -125,6 +126,32 @@ def eager_backend(
             )(gm, example_inputs)
 
     return backend
+
+
+@contextlib.contextmanager
+def compile_errors(record: ScanRecord, *, do: str) -> Iterator[None]:
+    """Inside, a graph with this record is compiled or run; what went wrong in it comes out as an error of ours.
+
+    Args:
+        record: Of the graph.
+        do: What to do about a region that Dynamo does not trace.
+
+    Raises:
+        EngineError: Dynamo does not trace the graph.
+    """
+    record.error = None
+    try:
+        yield
+    except Exception as error:
+        if isinstance(record.error, LBIError):  # Dynamo wraps it
+            raise record.error from error
+        if isinstance(error, _torch.NotTraceable):
+            raise EngineError(
+                f"a region that torch.compile does not trace: {str(error).strip().splitlines()[0]}",
+                expected="regions whose forward it traces whole",
+                do=do,
+            ) from error
+        raise
 
 
 def _reshape(backward: fx.GraphModule) -> None:

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from . import engines, running
-from ._torch import NotTraceable, dispatch_mode_active, exporting, fresh_code
-from .backend import eager_backend
+from ._torch import dispatch_mode_active, exporting, fresh_code
+from .backend import compile_errors, eager_backend
 from .calls import ShapeCheck, call_signature
 from .capture import Inputs, bind, describe_inputs, signature
 from .credit.base import LocalCredit, no_local_credit
 from .errors import (
     EngineError,
-    LBIError,
     PlanError,
     ShapeNotCapturedError,
 )
@@ -353,20 +352,12 @@ class BoundedModule(nn.Module):
             )
             self._compiled[key] = torch.compile(fresh_code(scanned), backend=backend, fullgraph=True), record
         compiled, record = self._compiled[key]
-        record.error = None
-        try:
-            with self._checks_of(program).marked_sizes(leaves), varying(pins):
-                flat, hs, ms = compiled(self, leaves, pins)
-        except Exception as error:
-            if isinstance(record.error, LBIError):
-                raise record.error from error
-            if isinstance(error, NotTraceable):
-                raise EngineError(
-                    f"a region that torch.compile does not trace: {str(error).strip().splitlines()[0]}",
-                    expected="regions whose forward it traces whole",
-                    do='use backward="chain" (same gradients)',
-                ) from error
-            raise
+        with (
+            compile_errors(record, do='use backward="chain" (same gradients)'),
+            self._checks_of(program).marked_sizes(leaves),
+            varying(pins),
+        ):
+            flat, hs, ms = compiled(self, leaves, pins)
         self._engine = engines.Engine(
             engines.SCAN,
             engine.why,

@@ -12,15 +12,14 @@ from torch import Tensor
 
 from . import engines
 from ._torch import (
-    NotTraceable,
     dispatch_mode_active,
     dynamic_sizes,
     fresh_code,
     functorch_active,
     vmap_without_fallback,
 )
-from .backend import eager_backend
-from .errors import EngineError, LBIError, OptionError
+from .backend import compile_errors, eager_backend
+from .errors import EngineError, OptionError
 from .guesses import Memory
 from .hooked_plan import is_hooked
 from .newton import JACOBI, METHODS, SEQUENTIAL, Solve, default_tolerance, solve
@@ -154,7 +153,7 @@ class Solver:
             given = [leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf for leaf in leaves]
             given = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in given]
 
-            def first() -> Tensor:
+            def first() -> tuple[Tensor, Tensor]:
                 with torch.no_grad(), _undisturbed(self._buffers(program), leaves):
                     return first_latent(bounded, program, given)
 
@@ -230,21 +229,14 @@ class Solver:
         compiled, record = self._compiled[id(program)]
 
         def run(guess: Tensor) -> tuple[Tensor, Tensor]:
-            record.error = None
             guess = guess.detach().clone().requires_grad_()
-            try:
-                with torch.enable_grad(), bounded._checks_of(program).marked_sizes(leaves), varying(guess):
-                    values, jacobians = compiled(bounded, leaves, guess)
-            except Exception as error:
-                if isinstance(record.error, LBIError):
-                    raise record.error from error
-                if isinstance(error, NotTraceable):
-                    raise EngineError(
-                        f"a region that torch.compile does not trace: {str(error).strip().splitlines()[0]}",
-                        expected="regions whose forward it traces whole",
-                        do='use backward="chain" (regions are then evaluated without a compiler)',
-                    ) from error
-                raise
+            with (
+                compile_errors(record, do='use backward="chain" (regions are then evaluated without a compiler)'),
+                torch.enable_grad(),
+                bounded._checks_of(program).marked_sizes(leaves),
+                varying(guess),
+            ):
+                values, jacobians = compiled(bounded, leaves, guess)
             return values.detach(), jacobians.detach()
 
         return run

@@ -21,7 +21,7 @@ no more than that; so they too are off by a constant times it.
 
 Sources: Lim et al., "Parallelizing non-linear sequential models over the sequence length" (DEER) and Danieli et al.,
 "DeepPCR", for Newton by a scan; Gonzalez et al., "Towards scalable and stable parallelization of nonlinear RNNs", for
-its ending and the diagonal. Clipping Jacobians while far from the solution is ours.
+its ending and the diagonal. Clipping Jacobians where the step would be large is ours.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from .kernels.ops import prefix_products, prefix_scan, suffix_products
 SEQUENTIAL, PARALLEL, QUASI, JACOBI = "sequential", "parallel", "quasi-newton", "jacobi"
 METHODS = (SEQUENTIAL, PARALLEL, QUASI, JACOBI)
 
-# Above this relative residual no Jacobian may stretch anything: far from the solution a product of many would throw
-# the iterates further off.
-CLIPPED_ABOVE = 0.3
+# A correction larger than this share of the latents is no small step, for which the Jacobians at the guess speak: it is
+# computed again with Jacobians that stretch nothing, for a product of many would throw the iterates further off.
+TRUSTED = 0.3
 # Squarings of `J J^T` in the bound on its norm, which is then at most R^(1/64) too large: 4% at R = 16.
 SQUARINGS = 5
 # Relative residual that counts as converged, by dtype of the latents.
@@ -164,13 +164,13 @@ def solve(
         values, jacobians = evaluate(guess)
         rho = values - guess
         size = values.square().sum((0, 2))  # [N]
-        total, relative, finite = _measure(rho, values, size)
+        total, finite = _measure(rho, values)
         residuals.append(total)
         if not finite:
             fallback = f"a value that is not finite in iteration {step}"
             break
         done = total <= tol
-        correction, stretched = _correction(rho, jacobians, relative, method)
+        correction, stretched = _correction(rho, jacobians, size, method)
         clipped += stretched
         guess = _stepped(guess, values, correction, size, done=done)
         if done or step == unknown:
@@ -202,42 +202,47 @@ def solve(
     return None, record
 
 
-def _measure(rho: Tensor, values: Tensor, size: Tensor) -> tuple[float, Tensor, bool]:
-    """The residual, the relative residual of every index `[N]`, and whether all is finite."""
-    tiny = torch.finfo(rho.dtype).tiny
-    relative = (rho.square().sum((0, 2)) / size.clamp(min=tiny)).sqrt()
-    mean = values.norm(dim=2).mean(0).clamp(min=tiny)
+def _measure(rho: Tensor, values: Tensor) -> tuple[float, bool]:
+    """The residual, and whether all is finite."""
+    mean = values.norm(dim=2).mean(0).clamp(min=torch.finfo(rho.dtype).tiny)
     total = (rho.norm(dim=2).sum(0) / mean).max() if rho.shape[1] else rho.new_zeros(())
-    number = float(total)  # the one wait for the device in an iteration: NaN and infinity show in it too
-    return number, relative, math.isfinite(number)
+    number = float(total)  # one of two waits for the device in an iteration: NaN and infinity show in it too
+    return number, math.isfinite(number)
 
 
-def _correction(rho: Tensor, J: Tensor | None, relative: Tensor, method: str) -> tuple[Tensor | None, bool]:
+def _correction(rho: Tensor, J: Tensor | None, size: Tensor, method: str) -> tuple[Tensor | None, bool]:
     """`c` of latents 1 .. K - 1, zero where it is not finite; and whether any Jacobian was clipped."""
     if J is None or method == JACOBI or rho.shape[0] < 2:
         return None, False
     J = torch.nan_to_num(J.to(rho.dtype), nan=0.0, posinf=0.0, neginf=0.0)
     if method == QUASI:
         J = torch.diag_embed(J.diagonal(dim1=-2, dim2=-1))
-    far = relative >= CLIPPED_ABOVE  # [N]
-    clipped = False
-    if bool(far.any()):
-        scale = norm_bound(J).clamp(min=1.0)  # [K - 2, N]
-        scale = torch.where(far, scale, torch.ones_like(scale))
-        clipped = bool((scale > 1.0).any())
-        J = J / scale[..., None, None]
-    b = (J @ rho[:-1, :, :, None])[..., 0]
-    c = prefix_scan(J, torch.zeros_like(rho[0]), b)
+    c = _carried(J, rho)
+    trusted = _small(c, size)  # [N], false where c is not finite
+    if bool(trusted.all()):
+        return c, False
+    scale = norm_bound(J).clamp(min=1.0)  # [K - 2, N]
+    clipped = bool((scale > 1.0).any(0)[~trusted].any())
+    bounded = _carried(J / scale[..., None, None], rho)
+    c = torch.where(trusted[:, None], c, bounded)
     return torch.nan_to_num(c, nan=0.0, posinf=0.0, neginf=0.0), clipped
+
+
+def _carried(A: Tensor, rho: Tensor) -> Tensor:
+    """`c_1 = 0, c_{k+1} = A_k (c_k + rho_k)`, `[K - 1, N, R]`."""
+    b = (A @ rho[:-1, :, :, None])[..., 0]
+    return prefix_scan(A, torch.zeros_like(rho[0]), b)
+
+
+def _small(step: Tensor, size: Tensor) -> Tensor:
+    """Whether a step `[K - 1, N, R]` is small beside latents of squared norms ``size`` `[N]`."""
+    return step.square().sum((0, 2)) <= TRUSTED**2 * size
 
 
 def _stepped(guess: Tensor, values: Tensor, correction: Tensor | None, size: Tensor, *, done: bool) -> Tensor:
     """The next guess; after convergence a step that is no small one is not taken."""
     after = values if correction is None else values + correction
-    if not done:
-        return after
-    small = (after - guess).square().sum((0, 2)) <= CLIPPED_ABOVE**2 * size  # [N]
-    return torch.where(small[:, None], after, guess)
+    return torch.where(_small(after - guess, size)[:, None], after, guess) if done else after
 
 
 def norm_bound(J: Tensor) -> Tensor:

@@ -92,13 +92,13 @@ def _begin(
     return values, interface.initial(interface.fold(values[program.canvas]))
 
 
-def first_latent(bounded: BoundedModule, program: Program, leaves: list[Any]) -> Tensor:
-    """The latent `m_1`, by region 0 alone."""
+def first_latent(bounded: BoundedModule, program: Program, leaves: list[Any]) -> tuple[Tensor, Tensor]:
+    """The latent `m_1`, by region 0 alone, and the canvas as the interface reads it."""
     values, m = _begin(bounded, program, leaves)
     values[SOURCES] = [values[program.canvas], *(values.get(name) for name in program.shared)]
     m, _, _ = bounded.regions[0](values[program.canvas], m, values, program.regions[0])
     assert m is not None
-    return m
+    return m, bounded.interface.fold(values[program.canvas])
 
 
 def evaluate(bounded: BoundedModule, program: Program, leaves: list[Any], guess: Tensor) -> Tensor:
