@@ -33,7 +33,7 @@ from .summary import capture_why, parts, write_plan
 
 _T = TypeVar("_T")
 # interfaces that have no form for boundaries of several lanes
-ONE_LANE = ("token", "zero", "self")
+ONE_LANE = ("token", "token+chunked", "zero", "self")
 
 
 @dataclass
@@ -228,7 +228,7 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
         cell=cell,
         readout=readout,
         r=options.r,
-        chunk=tokens_per_chunk(length, width) if kind == "chunked" else None,
+        chunk=tokens_per_chunk(length, width) if kind in ("chunked", "token+chunked") else None,
         causal=causal,
         lanes=lanes,
         why=(*capture_why(capture), *found.why, *lane_why, *why, readout_why),

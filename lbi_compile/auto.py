@@ -130,6 +130,7 @@ def facts_of(
         nodes += _TOKEN * latents + slice_nodes
     else:
         nodes += _POOLED * latents
+        nodes += (_TOKEN + _CELL[plan.cell]) * latents if plan.interface == "token+chunked" else 0
         slice_nodes, slice_flops = nodes, flops
     return Facts(
         len(plan.regions), latents, plan.r, nodes, flops, slice_nodes, slice_flops, batched, splits, device.type

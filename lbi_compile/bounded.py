@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import engines, running
-from ._torch import dispatch_mode_active, exporting, fresh_code
+from ._torch import dispatch_mode_active, exporting, fresh_code, pytree
 from .backend import compile_errors, eager_backend
 from .calls import ShapeCheck, call_signature
 from .capture import Inputs, bind, describe_inputs, signature
@@ -32,11 +32,12 @@ from .passes.scan_backward import ScanRecord
 from .plan import Plan
 from .racing import Racer
 from .region import Region, Taps
-from .running import assemble
+from .running import assemble, each
 from .staleness import fingerprint, modes_of, placement, raise_if_stale
 from .unbuilt import Unbuilt, not_built
 
-_chains = itertools.count()
+# Two numbers for each bounded model: where two latents cross a boundary, their markers belong to two chains.
+_chains = itertools.count(step=2)
 
 
 # What ran last under a local credit rule.
@@ -327,7 +328,7 @@ class BoundedModule(nn.Module):
                 raise
             return self._race(program, leaves, taps, pins)
         flat, hs, ms = out
-        turn.forward_ended([*flat, *hs, *ms], [*self.parameters(), *leaves])
+        turn.forward_ended([*flat, *hs, *pytree.tree_leaves(ms)], [*self.parameters(), *leaves])
         return out
 
     def _scan(
@@ -369,7 +370,11 @@ class BoundedModule(nn.Module):
             batched=record.batched.groups,
             unbatched=tuple(sorted(record.batched.unbatched.items())),
         )
-        return [engines.once(leaf) for leaf in flat], tuple(map(engines.once, hs)), tuple(map(engines.once, ms))
+        return (
+            [engines.once(leaf) for leaf in flat],
+            tuple(map(engines.once, hs)),
+            tuple(each(engines.once, m) for m in ms),
+        )
 
     def _run(
         self,

@@ -256,8 +256,8 @@ def _add_cut(command: argparse.ArgumentParser, *, regions: int) -> None:
     )
     command.add_argument("--r", type=int, default=16, metavar="R", help="latent width (default: %(default)s)")
     for name, text in (
-        ("interface", "what crosses: pooled, chunked, token, identity, zero, self"),
-        ("cell", "of the token interface: gru, linear"),
+        ("interface", "what crosses: pooled, chunked, token, token+chunked, identity, zero, self"),
+        ("cell", "of token and token+chunked: gru, linear"),
         ("readout", "what the head reads: last, sum"),
     ):
         command.add_argument(f"--{name}", default="auto", metavar="NAME", help=f"{text} (default: auto)")

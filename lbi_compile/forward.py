@@ -22,6 +22,7 @@ from .backend import compile_errors, eager_backend
 from .errors import EngineError, OptionError
 from .guesses import Memory
 from .hooked_plan import is_hooked
+from .interfaces import TokenChunkedInterface
 from .newton import JACOBI, METHODS, SEQUENTIAL, Solve, default_tolerance, solve
 from .passes.insert import Owner, Program
 from .passes.scan_backward import MAX_R, ScanRecord
@@ -78,6 +79,12 @@ def refuse_forward(bounded: BoundedModule, *, hooked: bool = False) -> None:
             f"forward={name!r} on a model with a local credit rule",
             expected="exact credit: the rule itself says what regions read",
             do='use forward="sequential"',
+        )
+    if isinstance(bounded.interface, TokenChunkedInterface) and bounded.boundaries:
+        raise OptionError(
+            f"forward={name!r} with interface='token+chunked'",
+            expected="one latent at a boundary to solve for: chunked",
+            do='use forward="sequential", or interface="chunked"',
         )
     if bounded.interface.splits and bounded.boundaries:
         raise OptionError(

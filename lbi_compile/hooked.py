@@ -175,9 +175,9 @@ def analyse(model: nn.Module, inputs: Inputs, options: Options, refused: Capture
         program = _of_plan(model, inputs, options.regions, refused)
         return options.regions, _measure(model, inputs, program.children)
     assert refused is not None
-    if options.interface == "token":
+    if options.interface in ("token", "token+chunked"):
         raise InterfaceError(
-            f"interface='token' for a model that cannot be captured as a graph ({refused.found})",
+            f"interface={options.interface!r} for a model that cannot be captured as a graph ({refused.found})",
             expected="an interface that enters where a region starts: where the region's finish begins is not known",
             do='take interface="pooled", "chunked" or "auto"',
         ) from refused

@@ -151,12 +151,12 @@ class Plan:
         stem: Input to canvas.
         head: What follows the last region.
         canvas: The float tensor every region may read.
-        interface: What crosses a boundary: ``"pooled"``, ``"chunked"``, ``"token"``, ``"identity"``, ``"zero"`` or
-            ``"self"``; ``"none"`` for one region.
-        cell: ``"gru"`` or ``"linear"`` for the token interface, else ``None``.
+        interface: What crosses a boundary: ``"pooled"``, ``"chunked"``, ``"token"``,
+            ``"token+chunked"``, ``"identity"``, ``"zero"`` or ``"self"``; ``"none"`` for one region.
+        cell: ``"gru"`` or ``"linear"`` where a latent per position crosses, else ``None``.
         readout: ``"last"`` or ``"sum"``.
         r: Latent width R.
-        chunk: Tokens per chunk of the chunked interface, else ``None``.
+        chunk: Tokens per chunk where a latent of chunks crosses, else ``None``.
         causal: No output position of the model depends on later positions; ``None`` without a position axis.
         dynamic: Names of the axes that may change from call to call (``"batch"``, ``"sequence"``).
         inputs: Shape of each example input tensor, by name.

@@ -102,7 +102,7 @@ def costs(bounded: BoundedModule, leaves: list[Any], *, coupled: bool) -> dict[s
         bounded.plan,
         leaves,
         latents=bounded.boundaries,
-        splits=bounded.interface.splits,
+        splits=bounded.interface.splits and bounded.interface.parallel,
         batched=bounded.batches_regions,
         device=_device(leaves),
     )

@@ -20,11 +20,11 @@ class Taps(NamedTuple):
 
     Attributes:
         h: Output of each region, ``K`` tensors of the canvas's shape.
-        m: Latent that enters each region, ``K`` entries; ``None`` where none enters.
+        m: Latent that enters each region, ``K`` entries; ``None`` where none enters, a pair ``Latents`` where two do.
     """
 
     h: tuple[Tensor, ...]
-    m: tuple[Tensor | None, ...]
+    m: tuple[Any, ...]
 
 
 class Region(nn.Module):
@@ -39,13 +39,13 @@ class Region(nn.Module):
         self._interface = (interface,)  # in a tuple: parameters belong to the bounded model, not to each region
 
     def forward(
-        self, canvas: Tensor, m: Tensor | None, values: dict[str, Any], pieces: RegionPieces
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        self, canvas: Tensor, m: Any, values: dict[str, Any], pieces: RegionPieces
+    ) -> tuple[Any, Tensor, Tensor]:
         """Run the region.
 
         Args:
             canvas: ``[B, D]`` or ``[B, T, D]``.
-            m: Latent ``m_k``, or ``None`` where none enters.
+            m: Latent ``m_k``, ``None`` where none enters, ``Latents`` where two do.
             values: Prologue values by name; side outputs are added to it.
             pieces: The captured code of this region.
 

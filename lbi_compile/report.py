@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .diagnostics import JacobianNorms
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class Report:
             product of all.
         checks: Everything that was looked at.
         first_boundary: ``k`` of the first entry of the norms: 1 for the token interface, which has no ``m_0``, else 0.
+        more_norms: The same of the latent per position where it crosses beside one of chunks.
     """
 
     ok: bool
@@ -53,6 +58,7 @@ class Report:
     product_norms: tuple[float, ...]
     checks: tuple[Check, ...]
     first_boundary: int = 0
+    more_norms: tuple[JacobianNorms, ...] = ()
 
     def __str__(self) -> str:
         # Rendering is rich's, which a program that only reads `.ok` need not import.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ._torch import annotated, pytree
+from .interfaces import Latents
 from .kernels import ops
 from .kernels.pins import jacobian, pinned
 from .passes.alike import CHAIN, REGION
@@ -57,7 +59,7 @@ def run(
         if given is not None and m is not None and region.k > 0:
             m = pinned(m, given[region.k - 1])
         if marked and m is not None:
-            m = ops.boundary(m, region.k, bounded._chain)
+            m = _marked(m, region.k, bounded._chain)
         ms.append(m)
         values[SOURCES] = [canvas, *(values.get(name) for name in program.shared)]
         # tells the passes of a compiler whose a node of its graph is; run eagerly, nobody reads it
@@ -71,6 +73,21 @@ def run(
     program.head.run(values)
     flat = [values[leaf.name] if isinstance(leaf, OutputName) else leaf for leaf in program.outputs]
     return flat, tuple(hs) if taps else (), tuple(ms) if taps else ()
+
+
+def each(function: Callable[[Any], Any], m: Any) -> Any:
+    """``function`` of a latent that enters a region; of both where two do."""
+    if isinstance(m, Latents):
+        return Latents(*(part if part is None else function(part) for part in m))
+    return function(m)
+
+
+def _marked(m: Any, k: int, chain: int) -> Any:
+    """A latent with its marker; two that cross a boundary belong to two chains, solved one after the other."""
+    if not isinstance(m, Latents):
+        return ops.boundary(m, k, chain)
+    token = None if m.token is None else ops.boundary(m.token, k, chain + 1)
+    return Latents(token, ops.boundary(m.chunk, k, chain))
 
 
 def assemble(program: Program, flat: list[Any], hs: tuple[Any, ...], ms: tuple[Any, ...]) -> Any:

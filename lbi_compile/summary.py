@@ -73,7 +73,8 @@ def _crossing(interface: str, cut: Cut, cost: Costs, k: int, r: int) -> int:
         return sum(prod(cost.shape[node] or ()) for node in cut.lanes[k - 1])
     rank, layout = len(shape), layout_of(cut.canvas)
     samples = shape[layout.batch] if rank else 1
-    per_index = {"pooled": samples, "chunked": samples, "token": prod(shape) // (shape[layout.width] if rank else 1)}
+    positions = prod(shape) // (shape[layout.width] if rank else 1)
+    per_index = {"pooled": samples, "chunked": samples, "token": positions, "token+chunked": samples + positions}
     return per_index.get(interface, 0) * r
 
 

@@ -72,8 +72,9 @@ def transform(
         regions: Number of regions ``K``; or paths of the modules that start the second and every later region; or a
             plan of the same model.
         r: Latent width ``R``.
-        interface: ``"auto"``, ``"pooled"``, ``"chunked"``, ``"token"``, ``"identity"``, ``"zero"`` or ``"self"``.
-        cell: ``"auto"``, ``"gru"`` or ``"linear"``, for the token interface.
+        interface: ``"auto"``, ``"pooled"``, ``"chunked"``, ``"token"``, ``"token+chunked"``, ``"identity"``, ``"zero"``
+            or ``"self"``.
+        cell: ``"auto"``, ``"gru"`` or ``"linear"``, for the latent per position of ``token`` and ``token+chunked``.
         readout: ``"auto"``, ``"last"`` or ``"sum"``.
         backward: ``"auto"``, ``"autograd"``, ``"chain"`` or ``"scan"``. All give the same gradients.
         allow_leak: Accept a latent that lets outputs see later positions. Only to reproduce published results.
@@ -411,7 +412,7 @@ def _width(analysis: Analysis, node: fx.Node | None) -> int | None:
 
 def _coupling(analysis: Analysis, interface: Interface) -> BatchCouplingError | None:
     """Why the scan cannot run: per-sample Jacobians do not exist where a region between two latents mixes samples."""
-    if interface.splits:
+    if interface.parallel:
         return None  # the token interface's Jacobians are those of its cells, which never mix samples
     for k in interface.latents[:-1]:
         verdict = analysis.coupling(k)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import networkx as nx
@@ -18,6 +17,7 @@ from .auto import narrow
 from .bounded import BoundedModule
 from .capture import Inputs, as_inputs, undisturbed
 from .credit.check import local_checks
+from .diagnostics import JacobianNorms, jacobian_norms
 from .forward_check import forward_check, solved_to
 from .hooked_plan import is_hooked
 from .newton import SEQUENTIAL
@@ -28,8 +28,6 @@ from .report import Check, Report
 from .transform import captured, same_draws
 
 TOLERANCE = 1e-10
-# widest latent whose Jacobians are formed for the norms
-WIDEST = 64
 
 
 def relative_errors(got: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> dict[str, float]:
@@ -108,7 +106,7 @@ def verify(
     names = (" + ".join(point.name for point in points) for points in twin.plan.crossings)
     lanes = tuple(zip(names, counts, strict=True))
     wanted = [len(points) for points in twin.plan.crossings]
-    norms, products = _jacobian_norms(twin, wide, independent) if twin.credit is None else ((), ())
+    norms = _norms(twin, wide, independent)
     checks = (
         Check("gradients", max_error <= tolerance, f"{len(errors)} gradients, worst {max_error:.2e}, {note}"),
         Check("engine", ran.name == request, _engine_detail(asked, ran)),
@@ -127,10 +125,11 @@ def verify(
         leak=leak,
         batch_independent=independent,
         lanes=lanes,
-        jacobian_norms=norms,
-        product_norms=products,
+        jacobian_norms=norms[0].norms if norms else (),
+        product_norms=norms[0].products if norms else (),
         checks=checks,
-        first_boundary=twin.interface.latents.start if norms else 0,
+        first_boundary=norms[0].first if norms else 0,
+        more_norms=norms[1:],
     )
 
 
@@ -218,7 +217,7 @@ def _coupling_check(coupling: Sequence[Verdict], independent: bool, twin: Bounde
     first = next(verdict for verdict in coupling if verdict.kind != "position-wise")
     # Jacobians are of the regions between two latents: what the last region does with samples is its own affair
     between = [coupling[k] for k in twin.interface.latents[:-1]]
-    needless = twin.interface.splits or all(verdict.kind == "position-wise" for verdict in between)
+    needless = twin.interface.parallel or all(verdict.kind == "position-wise" for verdict in between)
     harmless = engine != engines.SCAN or needless
     detail = f"{first.why}; " + ("nothing here needs it" if harmless else "the scan needs it")
     return Check("batch independence", None if harmless else False, detail)
@@ -256,39 +255,10 @@ def _lanes_detail(counts: Sequence[int], wanted: Sequence[int], leaky: Sequence[
     return f"lanes per boundary {', '.join(map(str, wanted))}; least there {', '.join(map(str, counts))}"
 
 
-def _jacobian_norms(
-    twin: BoundedModule, inputs: Inputs, independent: bool
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Spectral norms of every interface Jacobian, and of the running products from the last one down."""
-    alone = twin.with_engine(engines.AUTOGRAD), twin.with_forward(SEQUENTIAL)  # pinned, no latent depends on another
-    with torch.random.fork_rng(), alone[0], alone[1], torch.enable_grad():
+def _norms(twin: BoundedModule, inputs: Inputs, independent: bool) -> tuple[JacobianNorms, ...]:
+    """Spectral norms of the interface Jacobians; none where they are not those of samples or positions."""
+    if twin.credit is not None or not (independent or twin.interface.parallel):
+        return ()
+    with torch.random.fork_rng():
         torch.manual_seed(0)
-        _, taps = twin.forward_regions(*inputs.args, **inputs.kwargs)
-    latents = [m for m in taps.m if m is not None]
-    if len(latents) < 2 or latents[0].shape[-1] > WIDEST:
-        return (), ()
-    if not independent and not twin.interface.splits:
-        return (), ()
-    jacobians = [interface_jacobian(after, before) for before, after in pairwise(latents)]
-    norms = tuple(float(torch.linalg.matrix_norm(j, 2).max()) for j in jacobians)
-    products, product = [], None
-    for jacobian in reversed(jacobians):
-        product = jacobian if product is None else product @ jacobian
-        products.append(float(torch.linalg.matrix_norm(product, 2).max()))
-    return norms, tuple(products)
-
-
-def interface_jacobian(after: Tensor, before: Tensor) -> Tensor:
-    """`d m_{k+1} / d m_k` for every independent index, `[N, R, R]`, by R vector-Jacobian products.
-
-    Args:
-        after: `m_{k+1}`, `[..., R]`, computed from ``before`` with a recorded graph.
-        before: `m_k`, `[..., R]`.
-    """
-    rows = []
-    for i in range(after.shape[-1]):
-        cotangent = torch.zeros_like(after)
-        cotangent[..., i] = 1
-        (row,) = torch.autograd.grad(after, before, cotangent, retain_graph=True, allow_unused=True)
-        rows.append(torch.zeros_like(before) if row is None else row)
-    return torch.stack(rows, -2).flatten(0, -3)
+        return jacobian_norms(twin, *inputs.args, **inputs.kwargs)

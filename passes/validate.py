@@ -84,14 +84,14 @@ def settle_interface(
         kind, why = request, "asked for"
     made = [Decision("interface", kind, why)]
     chosen = None
-    if kind == "token" or (kind == "self" and rank == 3 and positions):
+    if kind in ("token", "token+chunked") or (kind == "self" and rank == 3 and positions):
         chosen = "linear" if cell == "auto" else cell
         why = "its Jacobian is the matrix itself, whatever the batch and length" if cell == "auto" else "asked for"
         made.append(Decision("cell", chosen, why))
     elif cell != "auto":
         raise OptionError(
             f"cell={cell!r} with interface={kind!r}",
-            expected="a cell only for the token interface",
+            expected="a cell only for the interfaces with a latent per position, token and token+chunked",
             do="leave cell out",
         )
     return kind, chosen, tuple(made)
@@ -193,5 +193,6 @@ def refuse_leak(*, interface: str, model: str, bounded: str) -> None:
         raise FutureLeakError(
             f"interface={interface!r} on a model whose outputs are {model}: with it they depend on later positions",
             expected="outputs that see no later position than the model's own",
-            do='use interface="token" or "chunked"; allow_leak=True exists only to reproduce published results',
+            do='use interface="token", "chunked" or "token+chunked"; allow_leak=True exists only to reproduce published'
+            " results",
         )

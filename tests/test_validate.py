@@ -49,7 +49,7 @@ def test_automatic_interface(facts: dict[str, Any], kind: str, cell: str | None,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interface_asked_for_is_taken(kind: str) -> None:
-    cell = "linear" if kind in ("token", "self") else None
+    cell = "linear" if kind in ("token", "token+chunked", "self") else None
     assert interface(kind) == (kind, cell, "asked for")
     assert interface(kind, regions=1)[0] == "none"
 

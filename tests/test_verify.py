@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import lbi_compile
+from lbi_compile.diagnostics import interface_jacobian
 from lbi_compile.errors import OptionError
-from lbi_compile.verify import interface_jacobian, relative_errors
+from lbi_compile.verify import relative_errors
 from tests.cases import gpt2, mlp
 from tests.models import BatchNormMLP, CausalTransformer
 

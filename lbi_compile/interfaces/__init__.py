@@ -18,7 +18,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from ..errors import InterfaceError, LatentWidthError, RegionsError
-from .base import Draw, Interface
+from .base import Draw, Interface, Latents
+from .both import TokenChunkedInterface
 from .chunked import ChunkedInterface, chunk_count, tokens_per_chunk
 from .lanes import IdentityLanes, LaneForm, LanesInterface, PooledLanes
 from .plain import IdentityInterface, ZeroInterface
@@ -33,9 +34,11 @@ __all__ = [
     "Interface",
     "LaneForm",
     "LanesInterface",
+    "Latents",
     "PooledInterface",
     "SelfPooledInterface",
     "SelfTokenInterface",
+    "TokenChunkedInterface",
     "TokenInterface",
     "ZeroInterface",
     "build_interface",
@@ -48,9 +51,9 @@ __all__ = [
 
 _V = TypeVar("_V")
 
-KINDS = ("pooled", "chunked", "token", "identity", "zero", "self")
+KINDS = ("pooled", "chunked", "token", "token+chunked", "identity", "zero", "self")
 # Canvases each kind can read; identity and zero take any with a batch axis.
-_RANKS = {"pooled": (2, 3), "chunked": (3,), "token": (3,), "self": (2, 3)}
+_RANKS = {"pooled": (2, 3), "chunked": (3,), "token": (3,), "token+chunked": (3,), "self": (2, 3)}
 _SHAPES = {2: "[B, D]", 3: "[B, T, D]"}
 
 
@@ -75,11 +78,12 @@ def build_interface(
         kind: One of ``KINDS``. One region has no boundary: ``regions=1`` gives the zero interface for every kind.
         regions: Number of regions K.
         width: Width D of the canvas.
-        r: Latent width R; of no effect for ``"identity"`` and ``"zero"``.
+        r: Latent width R, of either latent where two cross; of no effect for ``"identity"`` and ``"zero"``.
         canvas: Example of the canvas, `[B, D]` or `[B, T, D]` (any shape for ``"identity"`` and ``"zero"``). Parameters
             get its dtype and device.
-        cell: ``"gru"`` or ``"linear"`` for ``"token"``. For ``"self"`` the cell of the token interface it stands
-            beside, or ``None`` to stand beside the pooled one, the only form for a canvas without positions.
+        cell: ``"gru"`` or ``"linear"`` for ``"token"`` and ``"token+chunked"``. For ``"self"`` the cell of the token
+            interface it stands beside, or ``None`` to stand beside the pooled one, the only form for a canvas without
+            positions.
         chunk: Positions per chunk of ``"chunked"``; by default ``tokens_per_chunk`` of the example's length.
         chunks: Number of chunks of ``"chunked"``; by default ``chunk_count(r)``.
         own_finish: By region, whether its finish is empty, so that the token interface brings an MLP of its own.
@@ -110,7 +114,8 @@ def build_interface(
     draw = Draw(seed, like=canvas, scale=canvas_scale(canvas) if scale is None else scale)
     if kind == "pooled":
         return PooledInterface(draw, regions=regions, width=width, r=r)
-    if kind == "chunked":
+    chunking = {}
+    if kind in ("chunked", "token+chunked"):
         count = chunk_count(r, chunks)
         length = tokens_per_chunk(canvas.shape[1], r, count) if chunk is None else chunk
         if length < 1:
@@ -119,10 +124,12 @@ def build_interface(
                 expected="at least one position in a chunk",
                 do="give chunk=1 or more, or an example input with positions",
             )
-        return ChunkedInterface(draw, regions=regions, width=width, r=r, chunks=count, chunk=length)
+        chunking = {"width": width, "chunks": count, "chunk": length}
+    if kind == "chunked":
+        return ChunkedInterface(draw, regions=regions, r=r, **chunking)
     if cell is None:
         return SelfPooledInterface(draw, regions=regions, width=width, r=r)
-    make = TokenInterface if kind == "token" else SelfTokenInterface
+    make = {"token": TokenInterface, "self": SelfTokenInterface, "token+chunked": TokenChunkedInterface}[kind]
     return make(
         draw,
         regions=regions,
@@ -130,6 +137,7 @@ def build_interface(
         widths=_per_region("widths", widths, default=width, regions=regions),
         own_finish=_per_region("own_finish", own_finish, default=False, regions=regions),
         cell=cell,
+        **chunking,
     )
 
 
@@ -186,6 +194,7 @@ def interface_class(kind: str, cell: str | None = None) -> type[Interface]:
         "pooled": PooledInterface,
         "chunked": ChunkedInterface,
         "token": TokenInterface,
+        "token+chunked": TokenChunkedInterface,
         "identity": IdentityInterface,
         "zero": ZeroInterface,
         "none": ZeroInterface,
@@ -242,7 +251,7 @@ def _check(kind: str, *, regions: int, width: int, r: int, canvas: Tensor, cell:
         raise InterfaceError(
             f"width={width} for a canvas of shape {shape}", expected=f"width={shape[-1]}", do="give its last size"
         )
-    if kind not in ("token", "self"):
+    if kind not in ("token", "token+chunked", "self"):
         return
     if cell not in CELLS and not (kind == "self" and cell is None):
         raise InterfaceError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,18 @@ GELU_RMS = 0.652
 DECODED_SHARE = 0.2
 # A LayerNorm or RMS norm over fewer numbers leaves hardly more than their signs, over one number nothing at all.
 SMALLEST_NORM = 4
+
+
+class Latents(NamedTuple):
+    """The latents of a boundary that two kinds cross.
+
+    Attributes:
+        token: Per position, `[B, T, R]`; ``None`` where none enters.
+        chunk: Per sample, `[B, R]`.
+    """
+
+    token: Tensor | None
+    chunk: Tensor
 
 
 class Interface(nn.Module):
@@ -80,27 +92,27 @@ class Interface(nn.Module):
         """The inverse of ``fold``."""
         return value if self.layout is None else self.layout.unfold(value, shape)
 
-    def initial(self, canvas: Tensor) -> Tensor | None:
+    def initial(self, canvas: Tensor) -> Any:
         """The latent `m_0` of the canvas; ``None`` where region 0 reads no latent."""
         return None
 
-    def enter(self, k: int, canvas: Tensor, m: Tensor | None) -> Tensor:
+    def enter(self, k: int, canvas: Tensor, m: Any) -> Tensor:
         """What the body of region ``k`` reads in place of its separator, in the shape and dtype of the canvas."""
         return canvas
 
-    def encode(self, k: int, a: Tensor) -> Tensor | None:
+    def encode(self, k: int, a: Tensor) -> Any:
         """What region ``k`` says to later regions, `[B, T, R]`, from its value ``a`` where its finish begins."""
         return None
 
-    def inject(self, k: int, a: Tensor, z: Tensor | None, m: Tensor | None) -> Tensor:
+    def inject(self, k: int, a: Tensor, z: Any, m: Any) -> Tensor:
         """What the finish of region ``k`` reads in place of ``a``, in the shape and dtype of ``a``."""
         return a
 
-    def leave(self, k: int, *, m: Tensor | None, h: Tensor, z: Tensor | None) -> Tensor | None:
+    def leave(self, k: int, *, m: Any, h: Tensor, z: Any) -> Any:
         """The latent `m_{k+1}`; ``None`` after the last region and where nothing crosses."""
         return None
 
-    def latent_shape(self, canvas_shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    def latent_shape(self, canvas_shape: tuple[int, ...]) -> Any:
         """Shape of every latent for a canvas of ``canvas_shape``; ``None`` where nothing crosses."""
         return None
 

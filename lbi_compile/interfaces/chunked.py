@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -101,13 +102,33 @@ class ChunkedInterface(Interface):
     With one chunk (R < 8) no region hears a latent and passes on what it heard: such a model has to sum its readout.
 
     Canvas and `h_k` are `[B, T, D]`, for any T.
+
+    Args:
+        draw: Makes the layers.
+        regions: Number of regions K.
+        width: Width D of the canvas.
+        r: Latent width R.
+        chunks: Number of chunks C.
+        chunk: Positions per chunk.
+        pooled_widths: By region, width of what is pooled; by default ``width``.
     """
 
     kind: ClassVar[str] = "chunked"
     first_latent: ClassVar[int | None] = 0
 
-    def __init__(self, draw: Draw, *, regions: int, width: int, r: int, chunks: int, chunk: int) -> None:
+    def __init__(
+        self,
+        draw: Draw,
+        *,
+        regions: int,
+        width: int,
+        r: int,
+        chunks: int,
+        chunk: int,
+        pooled_widths: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(regions=regions, r=r)
+        pooled_widths = pooled_widths or (width,) * regions
         self.chunks, self.chunk, self.chunk_width = chunks, chunk, r // chunks
         self._groups = Chunks(chunks, chunk)
         self.readouts = _readouts(chunks)
@@ -115,7 +136,7 @@ class ChunkedInterface(Interface):
         self.encode_canvas = Encoder(draw, width=width, hidden=hidden, r=self.chunk_width)
         self.decoders = nn.ModuleList(Decoder(draw, r=r, hidden=hidden, width=width) for _ in range(regions))
         self.encoders = nn.ModuleList(
-            Encoder(draw, width=width, hidden=hidden, r=self.chunk_width) for _ in range(regions - 1)
+            Encoder(draw, width=width, hidden=hidden, r=self.chunk_width) for width in pooled_widths[: regions - 1]
         )
         self.gates = nn.ParameterList(draw.parameter(math.atanh(1 / math.sqrt(k + 2))) for k in range(regions - 1))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
@@ -43,7 +43,12 @@ class ReportView:
             yield facts((f"{error:.1e}", name) for name, error in report.worst)
         if report.jacobian_norms:
             yield Text("\ninterface Jacobians, spectral norm", style="bold")
-            yield _norms(report, ascii_only=options.ascii_only)
+            yield _norms(
+                report.first_boundary, report.jacobian_norms, report.product_norms, ascii_only=options.ascii_only
+            )
+        for more in report.more_norms:
+            yield Text(f"\nJacobians of the {more.latent} latent, spectral norm", style="bold")
+            yield _norms(more.first, more.norms, more.products, ascii_only=options.ascii_only)
 
 
 def _header(report: Report) -> Iterator[tuple[str, RenderableType]]:
@@ -76,14 +81,13 @@ def _checks(checks: tuple[Check, ...]) -> Table:
     return table
 
 
-def _norms(report: Report, *, ascii_only: bool) -> Table:
-    top = max(*report.jacobian_norms, *report.product_norms, 1e-300)
+def _norms(first: int, norms: Sequence[float], products: Sequence[float], *, ascii_only: bool) -> Table:
+    top = max(*norms, *products, 1e-300)
     table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
     table.add_row(
         *(Text(head, style="dim") for head in ("   k", f"{'J_k':>9}", f"{'product from the last on':<{_BAR + 11}}"))
     )
-    pairs = zip(report.jacobian_norms, reversed(report.product_norms), strict=True)
-    for k, (norm, product) in enumerate(pairs, start=report.first_boundary):
+    for k, (norm, product) in enumerate(zip(norms, reversed(products), strict=True), start=first):
         drawn = bar(product / top, _BAR, ascii_only=ascii_only)
         table.add_row(f"{k:>4}", f"{norm:9.3g}", Text.assemble(f"{product:9.3g}  ", (drawn, "cyan")))
     return table
