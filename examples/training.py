@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from models import build, preset
+from models import Preset, build, preset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from run_folder import CHECKPOINT, Log, State
@@ -98,14 +98,19 @@ class Settings:
     evaluate_on: int = 256
 
     @property
+    def preset(self) -> Preset:
+        """The size."""
+        return preset(self.architecture, self.size)
+
+    @property
     def positions(self) -> int:
         """Positions T of a sequence."""
-        return self.length or preset(self.architecture, self.size).length
+        return self.length or self.preset.length
 
     @property
     def cut(self) -> int:
         """Regions K."""
-        return self.regions or preset(self.architecture, self.size).regions
+        return self.regions or self.preset.regions
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +194,8 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
         matrix = parameter.dim() > 1 and not name.endswith(("bias", "scale"))
         (pulled if matrix else free).append(parameter)
     groups = [{"params": pulled, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+    # fused: with many small parameters the steps would cost as much as the gradients
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def train(

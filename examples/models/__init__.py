@@ -1,4 +1,4 @@
-"""Four architectures of language models in plain torch, in two sizes, and how each is cut.
+"""Four architectures of language models in plain torch, in three sizes, and how each is cut.
 
 A transformer, Mamba-2, Mamba-3 (with one rank, and with several) and a hybrid of Mamba-3 and attention. Scripts beside
 this folder say ``from models import build``.
@@ -55,12 +55,14 @@ class Preset:
 
 
 _TINY = Preset(layers=8, width=64, length=128, regions=4, heads=4, state=16, head_width=16, chunk=16, ranks=2)
+_NANO = Preset(layers=4, width=32, length=64, regions=4, heads=4, state=16, head_width=16, chunk=16, ranks=2)
 _MAMBA = Preset(layers=14, width=768, length=1024, regions=7, heads=12, state=64, head_width=64, chunk=64, ranks=4)
 _TRANSFORMER = Preset(layers=12, width=512, length=1024, regions=6, heads=8, state=64, head_width=64, chunk=64, ranks=4)
 _HYBRID = Preset(layers=12, width=768, length=1024, regions=6, heads=12, state=64, head_width=64, chunk=64, ranks=4)
 
 ARCHITECTURES = ("transformer", "mamba2", "mamba3", "mamba3-mimo", "hybrid")
 PRESETS: dict[str, dict[str, Preset]] = {
+    "nano": dict.fromkeys(ARCHITECTURES, _NANO),
     "tiny": dict.fromkeys(ARCHITECTURES, _TINY),
     "paper": dict(zip(ARCHITECTURES, (_TRANSFORMER, _MAMBA, _MAMBA, _MAMBA, _HYBRID), strict=True)),
 }

@@ -1,0 +1,197 @@
+"""What a bounded model loses and gains: ``python examples/quality.py``.
+
+Every arm chooses its learning rate from one grid by the loss on a validation split with one seed; then its seeds are
+judged on a test split. Arms are dense models, bounded ones and controls, for four architectures. Rows go to
+``rows.jsonl`` as they are made, so that a run that was stopped goes on; ``table.md`` and, with ``--plot``,
+``figure.png`` are made of them, with ``--only-report`` of what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import ByteTokens, Corpus, Windows, corpus, library, package
+from models import ARCHITECTURES, PRESETS
+from quality_arms import ARMS, Arm, Drawn, run, settings_of
+from quality_report import best, draw, table
+from result_rows import Rows
+from rich.console import Console
+from training import Settings
+
+from lbi_compile.errors import LBIError, OptionError
+
+HOME = Path(__file__).parent / "results" / "quality"
+SHOWN = ("transformer", "mamba2", "mamba3", "hybrid")
+# three seeds where the claim is made, one where it is looked at
+SEEDS = {"transformer": 3, "mamba2": 3}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What all arms share.
+
+    Attributes:
+        size: One of ``models.PRESETS``.
+        steps: Optimizer steps.
+        batch: Sequences in a step B.
+        bytes: Bytes of text, about.
+        judged: Held-out sequences of either split.
+    """
+
+    size: str = "nano"
+    steps: int = 800
+    batch: int = 8
+    bytes: int = 4_000_000
+    judged: int = 512
+
+
+class Study:
+    """All runs of one architecture.
+
+    Args:
+        architecture: Which.
+        budget: What all arms share.
+        text: The text in tokens.
+        rows: Where runs are kept.
+        rates: The grid of learning rates.
+        say: Prints a line.
+    """
+
+    def __init__(
+        self, architecture: str, budget: Budget, text: Corpus, rows: Rows, *, rates: tuple[float, ...], say: Any
+    ) -> None:
+        self.architecture, self.budget, self.text, self.rows = architecture, budget, text, rows
+        self.rates, self.say = rates, say
+        self.common = Settings(
+            architecture=architecture,
+            size=budget.size,
+            steps=budget.steps,
+            batch=budget.batch,
+            evaluate_every=budget.steps,
+            evaluate_on=budget.judged,
+        )
+        self._drawn: dict[Settings, Drawn] = {}
+        half = len(text.held_out) // 2
+        parts = {"validation": text.held_out[:half], "test": text.held_out[half:]}
+        self.judges = {name: Windows(part, length=self.common.positions) for name, part in parts.items()}
+
+    def arm(self, name: str, *, seeds: int, options: Mapping[str, Any] | None = None) -> None:
+        """Choose an arm's rate, then run its other seeds with it.
+
+        Args:
+            name: Of the arm.
+            seeds: How many are judged.
+            options: Of ``Settings``, in which it differs from the arm.
+        """
+        arm, varied = ARMS[name], dict(options or {})
+        settings = settings_of(Arm(arm.label, {**arm.options, **varied}, arm.shallow), self.common)
+        if settings not in self._drawn:
+            example = self.judges["test"].batch(0, 2)[0]
+            self._drawn[settings] = Drawn(settings, example, vocabulary=self.text.vocabulary)
+        drawn = self._drawn[settings]
+        losses = [self._loss(drawn, name, varied, rate, 0) for rate in self.rates]
+        rate = self.rates[losses.index(min(losses))]
+        for seed in range(1, seeds):
+            self._loss(drawn, name, varied, rate, seed)
+
+    def _loss(self, drawn: Drawn, name: str, varied: dict[str, Any], rate: float, seed: int) -> float:
+        """Loss on the validation split."""
+        what = {"architecture": self.architecture, "arm": name, **varied, "rate": rate, "seed": seed}
+        data = Windows(self.text.train, length=self.common.positions, seed=seed)
+        measure = functools.partial(run, drawn, rate, seed, data=data, judges=self.judges, lengths=self.text.lengths)
+        found = self.rows.measured({**what, **dataclasses.asdict(self.budget)}, measure)
+        told = found.get("diverged") or f"{found['validation']['nats_per_byte']:.4f} nats per byte"
+        self.say(f"{self.architecture}, {ARMS[name].label}, {varied or ''} rate {rate:g}, seed {seed}: {told}")
+        return float("inf") if "diverged" in found else found["validation"]["nats_per_byte"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    made.add_argument("architectures", nargs="*", metavar="ARCHITECTURE", help=f"by default {', '.join(SHOWN)}")
+    made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="all by default")
+    made.add_argument("--seeds", type=int, metavar="N", help="seeds that are judged (3, or 1 for mamba3 and hybrid)")
+    made.add_argument("--rates", type=float, nargs="+", default=[5e-3, 1e-2, 2e-2], help="grid of learning rates")
+    made.add_argument("--vary", action="store_true", help="other latent widths and region sizes of the best arm too")
+    made.add_argument("--size", choices=PRESETS, default=Budget().size, help="default %(default)s")
+    for name in ("steps", "batch", "bytes", "judged"):
+        made.add_argument(f"--{name}", type=int, default=getattr(Budget(), name), metavar="N", help="%(default)s")
+    made.add_argument("--out", type=Path, default=HOME, help="folder of rows, table and figure")
+    made.add_argument("--plot", action="store_true", help="draw figure.png")
+    made.add_argument("--only-report", action="store_true", help="run nothing, make table and figure of the rows")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(given)
+    say = Console(highlight=False, soft_wrap=True).print
+    try:
+        names = options.architectures or list(SHOWN)
+        for name in names:
+            if name not in ARCHITECTURES:
+                raise OptionError(f"architecture {name!r}", expected=f"of {', '.join(ARCHITECTURES)}", do="name one")
+        budget = Budget(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Budget)})
+        if min(budget.steps, budget.batch, budget.bytes, budget.judged, options.seeds or 1) < 1:
+            raise OptionError("a number below 1", expected="sizes and seeds from 1 on", do="pass larger numbers")
+        if options.plot:
+            package("matplotlib", needed_for="the figure")
+        rows = Rows(options.out / "rows.jsonl", command=shlex.join(["python", "examples/quality.py", *given]))
+
+        def report(made: list[dict[str, Any]]) -> str:
+            mine = [row for row in made if all(row["what"][k] == v for k, v in dataclasses.asdict(budget).items())]
+            text = table(mine)
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "table.md").write_text(text)
+            if options.plot:
+                draw(mine, options.out / "figure.png")
+            return text
+
+        if not options.only_report:
+            text = corpus(library(most=budget.bytes), ByteTokens())
+            for name in names:
+                seeds = options.seeds or SEEDS.get(name, 1)
+                study = Study(name, budget, text, rows, rates=tuple(options.rates), say=say)
+                for judged in dict.fromkeys((1, seeds)):  # rates of all arms first: an early stop leaves a comparison
+                    for arm in options.arms:
+                        study.arm(arm, seeds=judged)
+                        report(rows.all())
+                if options.vary:
+                    vary(study, best(rows.all(), name), seeds=seeds)
+        say(report(rows.all()))
+    except LBIError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def vary(study: Study, arm: str, *, seeds: int) -> None:
+    """Run the best arm with other latent widths, and with other numbers of layers in a region.
+
+    Args:
+        study: Of an architecture.
+        arm: Which arm.
+        seeds: How many are judged.
+    """
+    for r in (4, 32, 64):
+        study.arm(arm, seeds=seeds, options={"r": r})
+    layers = study.common.preset.layers
+    for size in range(1, 5):
+        regions = layers // size
+        if regions > 1 and layers % size == 0 and regions != study.common.cut:
+            study.arm(arm, seeds=seeds, options={"regions": regions})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # the models are too small for more
+    sys.exit(main())
