@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import shlex
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 from data import ByteTokens, Corpus, Windows, corpus, library, package
 from models import ARCHITECTURES, PRESETS
-from quality_arms import ARMS, Arm, Drawn, run, settings_of
+from quality_arms import ARMS, Study
 from quality_report import best, draw, table
 from result_rows import Rows
 from rich.console import Console
@@ -54,7 +52,9 @@ class Budget:
     judged: int = 512
 
 
-class Study:
+def study_of(
+    architecture: str, budget: Budget, text: Corpus, rows: Rows, *, rates: tuple[float, ...], say: Any
+) -> Study:
     """All runs of one architecture.
 
     Args:
@@ -65,53 +65,27 @@ class Study:
         rates: The grid of learning rates.
         say: Prints a line.
     """
-
-    def __init__(
-        self, architecture: str, budget: Budget, text: Corpus, rows: Rows, *, rates: tuple[float, ...], say: Any
-    ) -> None:
-        self.architecture, self.budget, self.text, self.rows = architecture, budget, text, rows
-        self.rates, self.say = rates, say
-        self.common = Settings(
-            architecture=architecture,
-            size=budget.size,
-            steps=budget.steps,
-            batch=budget.batch,
-            evaluate_every=budget.steps,
-            evaluate_on=budget.judged,
-        )
-        self._drawn: dict[Settings, Drawn] = {}
-        half = len(text.held_out) // 2
-        parts = {"validation": text.held_out[:half], "test": text.held_out[half:]}
-        self.judges = {name: Windows(part, length=self.common.positions) for name, part in parts.items()}
-
-    def arm(self, name: str, *, seeds: int, options: Mapping[str, Any] | None = None) -> None:
-        """Choose an arm's rate, then run its other seeds with it.
-
-        Args:
-            name: Of the arm.
-            seeds: How many are judged.
-            options: Of ``Settings``, in which it differs from the arm.
-        """
-        arm, varied = ARMS[name], dict(options or {})
-        settings = settings_of(Arm(arm.label, {**arm.options, **varied}, arm.shallow), self.common)
-        if settings not in self._drawn:
-            example = self.judges["test"].batch(0, 2)[0]
-            self._drawn[settings] = Drawn(settings, example, vocabulary=self.text.vocabulary)
-        drawn = self._drawn[settings]
-        losses = [self._loss(drawn, name, varied, rate, 0) for rate in self.rates]
-        rate = self.rates[losses.index(min(losses))]
-        for seed in range(1, seeds):
-            self._loss(drawn, name, varied, rate, seed)
-
-    def _loss(self, drawn: Drawn, name: str, varied: dict[str, Any], rate: float, seed: int) -> float:
-        """Loss on the validation split."""
-        what = {"architecture": self.architecture, "arm": name, **varied, "rate": rate, "seed": seed}
-        data = Windows(self.text.train, length=self.common.positions, seed=seed)
-        measure = functools.partial(run, drawn, rate, seed, data=data, judges=self.judges, lengths=self.text.lengths)
-        found = self.rows.measured({**what, **dataclasses.asdict(self.budget)}, measure)
-        told = found.get("diverged") or f"{found['validation']['nats_per_byte']:.4f} nats per byte"
-        self.say(f"{self.architecture}, {ARMS[name].label}, {varied or ''} rate {rate:g}, seed {seed}: {told}")
-        return float("inf") if "diverged" in found else found["validation"]["nats_per_byte"]
+    common = Settings(
+        architecture=architecture,
+        size=budget.size,
+        steps=budget.steps,
+        batch=budget.batch,
+        evaluate_every=budget.steps,
+        evaluate_on=budget.judged,
+    )
+    half = len(text.held_out) // 2
+    parts = {"validation": text.held_out[:half], "test": text.held_out[half:]}
+    return Study(
+        {"architecture": architecture, **dataclasses.asdict(budget)},
+        common,
+        data=lambda seed: Windows(text.train, length=common.positions, seed=seed),
+        judges={name: Windows(part, length=common.positions) for name, part in parts.items()},
+        vocabulary=text.vocabulary,
+        lengths=text.lengths,
+        rows=rows,
+        rates=rates,
+        say=say,
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -161,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
             text = corpus(library(most=budget.bytes), ByteTokens())
             for name in names:
                 seeds = options.seeds or SEEDS.get(name, 1)
-                study = Study(name, budget, text, rows, rates=tuple(options.rates), say=say)
+                study = study_of(name, budget, text, rows, rates=tuple(options.rates), say=say)
                 for judged in dict.fromkeys((1, seeds)):  # rates of all arms first: an early stop leaves a comparison
                     for arm in options.arms:
                         study.arm(arm, seeds=judged)

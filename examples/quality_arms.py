@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from result_rows import Rows
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from training import DENSE, DivergedError, Settings, Source, evaluate, make_model, train
@@ -157,6 +159,69 @@ def run(
     if settings.allow_leak:
         found["prefix"] = prefix_losses(model, judges["test"], windows=64)
     return found
+
+
+class Study:
+    """Arms on the same data: each chooses its rate, then its other seeds are run.
+
+    Args:
+        what: Tells the study's rows from others.
+        common: What all arms share.
+        data: What to train on, by seed.
+        judges: The splits ``"validation"`` and ``"test"``.
+        vocabulary: Number of tokens V.
+        lengths: Bytes each token stands for, `[V]`.
+        rows: Where runs are kept.
+        rates: The grid of learning rates.
+        say: Prints a line.
+    """
+
+    def __init__(
+        self,
+        what: Mapping[str, Any],
+        common: Settings,
+        *,
+        data: Callable[[int], Source],
+        judges: Mapping[str, Source],
+        vocabulary: int,
+        lengths: Tensor | None = None,
+        rows: Rows,
+        rates: tuple[float, ...],
+        say: Callable[[str], Any],
+    ) -> None:
+        self.what, self.common, self.data, self.judges = what, common, data, judges
+        self.vocabulary, self.lengths, self.rows, self.rates, self.say = vocabulary, lengths, rows, rates, say
+        self._drawn: dict[Settings, Drawn] = {}
+
+    def arm(self, name: str, *, seeds: int, options: Mapping[str, Any] | None = None) -> None:
+        """Choose an arm's rate by the validation loss with seed 0, then run its other seeds with it.
+
+        Args:
+            name: Of the arm.
+            seeds: How many are judged.
+            options: Of ``Settings``, in which it differs from the arm.
+        """
+        arm, varied = ARMS[name], dict(options or {})
+        settings = settings_of(Arm(arm.label, {**arm.options, **varied}, arm.shallow), self.common)
+        if settings not in self._drawn:
+            example, _ = self.judges["test"].batch(0, 2)
+            self._drawn[settings] = Drawn(settings, example, vocabulary=self.vocabulary)
+        drawn = self._drawn[settings]
+        losses = [self._loss(drawn, name, varied, rate, 0) for rate in self.rates]
+        rate = self.rates[losses.index(min(losses))]
+        for seed in range(1, seeds):
+            self._loss(drawn, name, varied, rate, seed)
+
+    def _loss(self, drawn: Drawn, name: str, varied: dict[str, Any], rate: float, seed: int) -> float:
+        """Loss on the validation split."""
+        measure = functools.partial(
+            run, drawn, rate, seed, data=self.data(seed), judges=self.judges, lengths=self.lengths
+        )
+        found = self.rows.measured({**self.what, "arm": name, **varied, "rate": rate, "seed": seed}, measure)
+        told = found.get("diverged") or "loss {held_out:.4f}, accuracy {accuracy:.4f}".format(**found["validation"])
+        which = " ".join(f"{key}={value}" for key, value in varied.items())
+        self.say(f"{self.common.architecture}, {ARMS[name].label} {which}, rate {rate:g}, seed {seed}: {told}")
+        return math.inf if "diverged" in found else found["validation"]["held_out"]
 
 
 @torch.no_grad()

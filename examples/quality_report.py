@@ -35,7 +35,7 @@ def chosen(rows: Sequence[Row], architecture: str, arm: str, **varied: Any) -> d
         if (what["architecture"], what["arm"], other) == (architecture, arm, varied):
             mine.append(row)
     tried = {
-        row["what"]["rate"]: row["found"]["validation"]["nats_per_byte"]
+        row["what"]["rate"]: row["found"]["validation"]["held_out"]
         for row in mine
         if row["what"]["seed"] == 0 and "diverged" not in row["found"]
     }
@@ -52,7 +52,7 @@ def chosen(rows: Sequence[Row], architecture: str, arm: str, **varied: Any) -> d
 def best(rows: Sequence[Row], architecture: str) -> str:
     """The bounded arm without a leak that has the least validation loss with seed 0."""
     found = {arm: chosen(rows, architecture, arm) for arm in BOUNDED}
-    losses = {arm: seeds[0]["validation"]["nats_per_byte"] for arm, seeds in found.items() if 0 in seeds}
+    losses = {arm: seeds[0]["validation"]["held_out"] for arm, seeds in found.items() if 0 in seeds}
     return min(losses, key=lambda arm: losses[arm])
 
 
@@ -62,7 +62,7 @@ def gaps(ours: Mapping[int, Any], theirs: Mapping[int, Any]) -> list[float]:
 
 
 def _nats(found: Mapping[str, Any]) -> float:
-    return found["test"]["nats_per_byte"]
+    return found["test"]["held_out"]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -88,7 +88,9 @@ class State:
 
 
 class Log:
-    """Rows of figures, one JSON object a line: training rows have ``loss``, evaluations ``held_out``.
+    """Rows of figures, one JSON object a line.
+
+    Training rows have ``loss``, evaluations ``held_out``, records of interface Jacobians ``jacobians``.
 
     Args:
         folder: Where ``metrics.jsonl`` stands.
@@ -104,12 +106,12 @@ class Log:
         part.write_text("".join(json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step))
         part.replace(self.path)
 
-    def write(self, **row: float) -> None:
+    def write(self, **row: Any) -> None:
         """Append a row."""
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def rows(self) -> list[dict[str, float]]:
+    def rows(self) -> list[dict[str, Any]]:
         """All rows; a last line that was cut off is no row."""
         if not self.path.exists():
             return []

@@ -132,6 +132,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint where there is one")
     run.add_argument("--stop-after", type=int, metavar="N", help="stop at step N; --resume goes on")
     run.add_argument("--checkpoint-every", type=int, default=500, metavar="N")
+    run.add_argument(
+        "--norms-every", type=int, default=0, metavar="N", help="record norms of interface Jacobians every N steps"
+    )
     run.add_argument("--plot", action="store_true", help="draw curves.png")
     return made
 
@@ -165,6 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
             stop_after=options.stop_after,
             checkpoint_every=options.checkpoint_every,
             run=compiled(model) if options.compile else None,
+            norms_every=options.norms_every,
         )
         for name, value in {**result.held_out, "seconds": result.seconds}.items():
             say(f"{name}: {value:.4g}")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import lbi_compile
 from lbi_compile import SID, BoundedModule
+from lbi_compile.diagnostics import jacobian_norms
 from lbi_compile.errors import LBIError, OptionError
 
 DENSE = "dense"
@@ -211,6 +212,7 @@ def train(
     stop_after: int | None = None,
     checkpoint_every: int = 500,
     run: Callable[[Tensor], Tensor] | None = None,
+    norms_every: int = 0,
     quiet: bool = False,
 ) -> Result:
     """Train, evaluate, and keep both in a folder.
@@ -227,13 +229,16 @@ def train(
         stop_after: Make no more than this many steps of ``settings.steps`` now.
         checkpoint_every: Steps between checkpoints.
         run: What runs ``model``, where it is compiled.
+        norms_every: Steps between records of the spectral norms of all interface Jacobians, on the first held-out
+            sequences; 0 for none.
         quiet: Print nothing.
 
     Returns:
         How it went.
 
     Raises:
-        OptionError: The folder holds a run and ``resume`` is false, or the checkpoint is of another run.
+        OptionError: The folder holds a run and ``resume`` is false, or the checkpoint is of another run; or norms of a
+            model without interface Jacobians are asked for.
         DivergedError: The loss is no number any more.
     """
     run = run or model
@@ -274,11 +279,27 @@ def train(
             if state.step % settings.evaluate_every == 0 or state.step == settings.steps:
                 state.held_out = evaluate(model, held_out, settings, run=run, lengths=lengths)
                 log.write(step=state.step, **state.held_out)
+            if norms_every and state.step % norms_every == 0:
+                log.write(step=state.step, jacobians=_norms(model, held_out.batch(0, 2)[0].to(device)))
             state.seconds = time.monotonic() - began
             if state.step % checkpoint_every == 0 or state.step == last:
                 state.save(folder / CHECKPOINT)
             advance(state.step, loss, state.held_out)
     return Result(state.step, loss, state.held_out, state.seconds, engine)
+
+
+def _norms(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, Any]]:
+    """Spectral norms of the interface Jacobians and of their running products, by kind of latent."""
+    if not isinstance(model, BoundedModule) or model.credit is not None or model.boundaries < 2:
+        raise OptionError(
+            "norms of interface Jacobians of a model that has none",
+            expected="a bounded model with exact credit, through which at least two latents pass",
+            do="leave them out, or take another interface or more regions",
+        )
+    return {
+        one.latent: {"first": one.first, "norms": one.norms, "products": one.products}
+        for one in jacobian_norms(model, inputs)
+    }
 
 
 def _teacher(model: nn.Module, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

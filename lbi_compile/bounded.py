@@ -385,12 +385,13 @@ class BoundedModule(nn.Module):
         taps: bool,
         canvas: Tensor | None = None,
         pins: Tensor | None = None,
+        alter: Callable[[int, Tensor], Tensor] | None = None,
     ) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
         if isinstance(program, HookedProgram):
             return program.run(self, leaves, marked=marked, taps=taps, canvas=canvas)
         if isinstance(self.interface, LocalCredit):
             return self.interface.run(self, program, leaves, taps=taps, canvas=canvas)
-        return running.run(self, program, leaves, marked=marked, taps=taps, canvas=canvas, pins=pins)
+        return running.run(self, program, leaves, marked=marked, taps=taps, canvas=canvas, pins=pins, alter=alter)
 
     def canvas_function(self, program: Program, leaves: list[Any]) -> Callable[[Tensor], list[Any]]:
         """The model's flat outputs as a function of the canvas alone, for probes."""

@@ -111,7 +111,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     model, inputs = _load(options)
     bounded = transform(model, inputs, **_cut(options), credit=options.credit, **_training_side(options))
-    report = verify(bounded, inputs)
+    report = verify(bounded, inputs, ablate=True) if options.ablate else verify(bounded, inputs)
     _print_record(report) if options.json else show(ReportView(report))
     return OK if report.ok else NOT_OK
 
@@ -206,7 +206,11 @@ def _parser() -> argparse.ArgumentParser:
         if run is not _plan:
             _add_backward(command, "auto")
             _add_forward(command)
-        if run is not _verify:
+        if run is _verify:
+            command.add_argument(
+                "--ablate", action="store_true", help="also tell what zeroed, noised and shuffled latents change"
+            )
+        else:
             command.add_argument("--why", action="store_true", help="print every decision with its reason")
             for form, (_, text) in drawings.FORMS.items():
                 command.add_argument(f"--{form}", type=Path, metavar="FILE", help=f"also write {text}")

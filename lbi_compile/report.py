@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .ablation import Ablation
     from .diagnostics import JacobianNorms
 
 
@@ -44,6 +45,7 @@ class Report:
         checks: Everything that was looked at.
         first_boundary: ``k`` of the first entry of the norms: 1 for the token interface, which has no ``m_0``, else 0.
         more_norms: The same of the latent per position where it crosses beside one of chunks.
+        ablations: What spoiled latents change, where that was asked for.
     """
 
     ok: bool
@@ -59,6 +61,7 @@ class Report:
     checks: tuple[Check, ...]
     first_boundary: int = 0
     more_norms: tuple[JacobianNorms, ...] = ()
+    ablations: tuple[Ablation, ...] = ()
 
     def __str__(self) -> str:
         # Rendering is rich's, which a program that only reads `.ok` need not import.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ def run(
     taps: bool,
     canvas: Tensor | None = None,
     pins: Tensor | None = None,
+    alter: Callable[[int, Tensor], Tensor] | None = None,
 ) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
     """Run the bounded model.
 
@@ -44,6 +46,7 @@ def run(
         canvas: What to put in place of the canvas.
         pins: `[K - 1, ..., R]`, values of the latents `m_1 .. m_{K-1}` that regions read in place of those that the
             region before them gives; they were solved for beforehand.
+        alter: Gives what region ``k`` reads in place of a latent `m_k` that another region made.
 
     Returns:
         The model's output leaves, ``h`` and ``m``.
@@ -58,6 +61,8 @@ def run(
     for region, pieces in zip(bounded.regions, program.regions, strict=True):
         if given is not None and m is not None and region.k > 0:
             m = pinned(m, given[region.k - 1])
+        if alter is not None and m is not None and region.k > 0:
+            m = each(functools.partial(alter, region.k), m)
         if marked and m is not None:
             m = _marked(m, region.k, bounded._chain)
         ms.append(m)

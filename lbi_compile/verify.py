@@ -10,7 +10,7 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from . import engines, hooked
+from . import ablation, engines, hooked
 from ._torch import pytree
 from .analysis import Analysis, locate
 from .auto import narrow
@@ -59,7 +59,12 @@ def relative_errors(got: Mapping[str, Tensor | None], expected: Mapping[str, Ten
 
 
 def verify(
-    bounded: BoundedModule, example_inputs: Any = None, *, engine: str | None = None, tolerance: float = TOLERANCE
+    bounded: BoundedModule,
+    example_inputs: Any = None,
+    *,
+    engine: str | None = None,
+    tolerance: float = TOLERANCE,
+    ablate: bool = False,
 ) -> Report:
     """Check a bounded model on one set of inputs, in float64 on a copy; the model itself is left alone.
 
@@ -68,6 +73,8 @@ def verify(
         example_inputs: As for ``transform``; without them the model's own.
         engine: Engine to check against plain autograd; by default the one the model is set to.
         tolerance: Largest relative gradient error that passes.
+        ablate: Also run the model with its latents zeroed, noised and shuffled across samples, and tell how much its
+            outputs change; ``lbi_compile.ablation.ablate`` tells what becomes of a loss.
 
     Returns:
         A report; ``report.ok`` is true where every check passed, ``str(report)`` is a page to read.
@@ -79,6 +86,8 @@ def verify(
     inputs = as_inputs(bounded.source, example_inputs)
     if bounded._plan is None:
         bounded.build(inputs)
+    if ablate and (is_hooked(bounded.plan) or bounded.credit is not None):
+        raise ablation.not_graphs(bounded)
     twin = _twin(bounded)
     wide = _as_float64(inputs)
     asked = engines.check_request(engine or bounded.backward)
@@ -130,6 +139,7 @@ def verify(
         checks=checks,
         first_boundary=norms[0].first if norms else 0,
         more_norms=norms[1:],
+        ablations=ablation.ablate(twin, *wide.args, **wide.kwargs) if ablate else (),
     )
 
 

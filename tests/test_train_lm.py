@@ -387,3 +387,22 @@ def test_a_bounded_model_shares_the_seeded_weights():
     assert isinstance(bounded, lbi_compile.BoundedModule)
     for name, parameter in dense.named_parameters():
         assert torch.equal(bounded.get_parameter(name), parameter)
+
+
+def test_norms_of_jacobians_are_recorded_and_disturb_nothing(tmp_path):
+    settings = dataclasses.replace(SHORT, layers=3, regions=3, interface="token", cell="linear", r=4)
+    ended = []
+    for name, every in (("with", 2), ("without", 0)):
+        model = make_model(settings, torch.zeros(2, 9).long(), vocabulary=7)
+        train(model, windows(), windows(1), settings, folder=tmp_path / name, norms_every=every, quiet=True)
+        ended.append(model)
+    for (key, a), (_, b) in zip(*(model.state_dict().items() for model in ended), strict=True):
+        assert torch.equal(a, b), key
+    told = {row["step"]: row["jacobians"] for row in Log(tmp_path / "with").rows() if "jacobians" in row}
+    assert list(told) == [2, 4, 6]
+    cell = ended[0].interface.get_parameter("cells.1.A").detach()
+    assert told[6]["latent"]["norms"] == pytest.approx([float(torch.linalg.matrix_norm(cell, 2))], rel=1e-5)
+    assert told[2]["latent"]["norms"] != told[6]["latent"]["norms"]
+    dense = make_model(dataclasses.replace(settings, interface=DENSE), torch.zeros(2, 9).long(), vocabulary=7)
+    with pytest.raises(OptionError, match="norms of interface Jacobians"):
+        train(dense, windows(), windows(1), settings, folder=tmp_path / "dense", norms_every=2, quiet=True)

@@ -8,6 +8,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from lbi_compile.ablation import Ablation
 from lbi_compile.report import Check, Report
 
 from .text import bar, facts, layers, plain
@@ -49,6 +50,9 @@ class ReportView:
         for more in report.more_norms:
             yield Text(f"\nJacobians of the {more.latent} latent, spectral norm", style="bold")
             yield _norms(more.first, more.norms, more.products, ascii_only=options.ascii_only)
+        if report.ablations:
+            yield Text("\nchange of the outputs, relative, where latents are spoiled", style="bold")
+            yield _ablations(report.ablations)
 
 
 def _header(report: Report) -> Iterator[tuple[str, RenderableType]]:
@@ -78,6 +82,16 @@ def _checks(checks: tuple[Check, ...]) -> Table:
     for check in checks:
         word, style = _WORDS[check.ok]
         table.add_row(Text(f"  {word:<6}", style=style), Text(check.name), Text(check.detail))
+    return table
+
+
+def _ablations(found: Sequence[Ablation]) -> Table:
+    ways = list(dict.fromkeys(one.way for one in found))
+    table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_row(*(Text(head, style="dim") for head in ("   k", *(f"{way:>9}" for way in ways))))
+    for boundary in dict.fromkeys(one.boundary for one in found):
+        changes = {one.way: one.change for one in found if one.boundary == boundary}
+        table.add_row(f"{'all' if boundary is None else boundary:>4}", *(f"{changes[way]:9.3g}" for way in ways))
     return table
 
 
