@@ -79,7 +79,9 @@ __all__ = [
     "exporting",
     "forget_donations",
     "fresh_code",
+    "functional_collectives",
     "functorch_active",
+    "gather_flat",
     "graph_pass",
     "has_example",
     "inductor_decompositions",
@@ -488,6 +490,19 @@ def compile_with_inductor(gm: fx.GraphModule, example_inputs: Any, options: dict
         return compile_fx_inner(*args, **kwargs)
 
     return compile_fx(gm, example_inputs, inner_compile=compile_part, config_patches=options)
+
+
+def functional_collectives() -> Any:
+    """Collectives as functions of tensors, which Dynamo traces; the public ones write in place."""
+    import torch.distributed._functional_collectives as found
+
+    return found
+
+
+def gather_flat(value: torch.Tensor, group: Any) -> torch.Tensor:
+    """``[N * n]`` of all ranks' ``value`` ``[n]``, perhaps still under way; torch 2.13 renamed the function."""
+    found = functional_collectives()
+    return getattr(found, "all_gather_single", found.all_gather_tensor)(value, 0, group)
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 __all__ = [
     "BatchCouplingError",
     "CaptureError",
+    "CheckpointError",
     "CorpusError",
     "DataDependentControlFlowError",
+    "DistributedError",
     "DoubleBackwardError",
     "EngineError",
     "ExampleInputsError",
@@ -14,6 +16,7 @@ __all__ = [
     "InterfaceError",
     "LBIError",
     "LatentWidthError",
+    "MeshError",
     "ModelSourceError",
     "NoFloatPathError",
     "NoSeparatorError",
@@ -21,6 +24,7 @@ __all__ = [
     "NotBuiltError",
     "OptionError",
     "PlanError",
+    "RankLostError",
     "ReadoutError",
     "RegionsError",
     "ScanShapeError",
@@ -146,3 +150,19 @@ class ScanShapeError(LBIError):
 
 class CorpusError(LBIError):
     """The demo finds too little text to train on."""
+
+
+class MeshError(LBIError):
+    """The device mesh does not suit the bounded model."""
+
+
+class DistributedError(LBIError):
+    """A bounded model, or something asked of it, cannot be spread over ranks."""
+
+
+class RankLostError(LBIError):
+    """Another rank stopped taking part in training."""
+
+
+class CheckpointError(LBIError):
+    """A folder holds no whole checkpoint, or one of another model."""

@@ -27,6 +27,20 @@ class Taps(NamedTuple):
     m: tuple[Any, ...]
 
 
+class Opened(NamedTuple):
+    """A region that has run up to a_k.
+
+    Attributes:
+        x: What it read: the canvas with the latent decoded into it.
+        a: `a_k`, or `h_k` where the interface does not split regions.
+        z: What it says to later regions, folded, as the interface has it; ``None`` where it does not split regions.
+    """
+
+    x: Tensor
+    a: Tensor
+    z: Any
+
+
 class Region(nn.Module):
     """Region ``k`` as a module: ``(canvas, m_k) -> (m_{k+1}, h_k)``.
 
@@ -57,20 +71,35 @@ class Region(nn.Module):
             return interface.run_region(k, canvas, m, values, pieces)
         if isinstance(interface, LanesInterface):
             return self._run_lanes(interface, canvas, m, values, pieces)
-        fold, unfold = interface.fold, interface.unfold
-        x = values[pieces.entry] = unfold(interface.enter(k, fold(canvas), m), canvas.shape)
+        opened = self.open(canvas, m, values, pieces)
+        h = self.close(opened, m, values, pieces)
+        return interface.leave(k, m=m, h=interface.fold(h), z=opened.z), h, opened.x
+
+    def open(self, canvas: Tensor, m: Any, values: dict[str, Any], pieces: RegionPieces) -> Opened:
+        """Run the region up to a_k, where a latent that enters the finish is first needed; else to its end.
+
+        Args:
+            canvas: As for ``forward``, like ``values`` and ``pieces``.
+            m: Latent `m_k`; of no use to an interface that splits regions.
+        """
+        (interface,), k = self._interface, self.k
+        x = values[pieces.entry] = interface.unfold(interface.enter(k, interface.fold(canvas), m), canvas.shape)
         pieces.body.run(values)
         a = values[pieces.anchor]
-        if interface.splits:
-            folded = fold(a)
-            z = interface.encode(k, folded)
-            # without nodes of the model's own the finish is the interface's, and what it gives is the region's end
-            values[pieces.joint if pieces.finish else pieces.end] = unfold(interface.inject(k, folded, z, m), a.shape)
-            if pieces.finish is not None:
-                pieces.finish.run(values)
-            h = values[pieces.end]
-            return interface.leave(k, m=m, h=fold(h), z=z), h, x
-        return interface.leave(k, m=m, h=fold(a), z=None), a, x
+        return Opened(x, a, interface.encode(k, interface.fold(a)) if interface.splits else None)
+
+    def close(self, opened: Opened, m: Any, values: dict[str, Any], pieces: RegionPieces) -> Tensor:
+        """The rest of the region: `h_k`, from what ``open`` gave and the latent that enters the finish."""
+        (interface,), k = self._interface, self.k
+        a = opened.a
+        if not interface.splits:
+            return a
+        # without nodes of the model's own the finish is the interface's, and what it gives is the region's end
+        joint = pieces.joint if pieces.finish else pieces.end
+        values[joint] = interface.unfold(interface.inject(k, interface.fold(a), opened.z, m), a.shape)
+        if pieces.finish is not None:
+            pieces.finish.run(values)
+        return values[pieces.end]
 
     def _run_lanes(
         self, interface: LanesInterface, canvas: Tensor, m: Tensor | None, values: dict[str, Any], pieces: RegionPieces

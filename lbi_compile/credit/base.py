@@ -62,11 +62,16 @@ class Pass:
         if canvas is not None:
             self.values[program.canvas] = canvas
 
+    @classmethod
+    def over(cls, bounded: BoundedModule, program: Program, values: dict[str, Any]) -> Pass:
+        """A call whose stem has run already."""
+        made = object.__new__(cls)
+        made.bounded, made.program, made.values = bounded, program, values
+        return made
+
     def with_values(self, values: dict[str, Any]) -> Pass:
         """The same call over other values."""
-        other = object.__new__(Pass)
-        other.bounded, other.program, other.values = self.bounded, self.program, values
-        return other
+        return self.over(self.bounded, self.program, values)
 
     @property
     def canvas(self) -> Tensor:
@@ -206,9 +211,32 @@ class LocalCredit(Interface):
 
     # -- the plain forward
 
+    def first(self, at: Pass) -> Tensor | None:
+        """What enters region 0 in the plain forward."""
+        return None
+
+    def pass_on(self, k: int, after: Tensor | None, h: Tensor, at: Pass) -> Tensor | None:
+        """What enters region ``k + 1`` in the plain forward, from what region ``k`` gave."""
+        return after
+
+    def crossing(self, at: Pass) -> Tensor:
+        """A tensor of the shape and dtype of what enters regions, without numbers of its own."""
+        raise NotImplementedError
+
+    @property
+    def read_out(self) -> range:
+        """The regions that the model's own head reads."""
+        return range(self.regions - 1, self.regions)
+
     def chain(self, at: Pass, values: dict[str, Any]) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Run all regions one after another, each fed by the one before; yields `m_k` and `h_k`."""
-        raise NotImplementedError
+        self.context(at)
+        m = self.first(at)
+        for k in range(self.regions):
+            after, h = at.region(k, m, values)
+            yield m, h
+            if k < self.regions - 1:
+                m = self.pass_on(k, after, h, at)
 
     def run(
         self,

@@ -21,7 +21,7 @@ Posteriors are never fed to a region: they hold the label, and a region that rea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -119,6 +119,10 @@ class Hbll(LocalCredit):
     """
 
     rule: HBLL
+    reader_offsets: ClassVar[Mapping[str, int]] = {"encoders": 0, "decoders": 0}
+    between: ClassVar[tuple[str, ...]] = (
+        "encode_canvas", "forward_maps", "feedback_maps", "forward_precisions", "feedback_precisions",
+    )  # fmt: skip
 
     def __init__(self, site: Site, rule: HBLL) -> None:
         targets = TargetReader(
@@ -211,12 +215,14 @@ class Hbll(LocalCredit):
         step = self.encoders["all" if self.rule.tied else str(k)](self._pool(h))
         return latent_norm(step if m is None else m + step)
 
-    def chain(self, at: Pass, values: dict[str, Any]) -> Iterator[tuple[Tensor | None, Tensor]]:
-        m: Tensor | None = None if self.state else self.start(at)
-        for k in range(self.regions):
-            after, h = at.region(k, m, values)
-            yield m, h
-            m = after
+    def first(self, at: Pass) -> Tensor | None:
+        return None if self.state else self.start(at)
+
+    def crossing(self, at: Pass) -> Tensor:
+        canvas = self.fold(at.canvas)
+        lead = canvas.shape[:-1] if self.positions else canvas.shape[:1]
+        assert isinstance(self.codes, Tensor)
+        return self.codes.new_zeros(()).expand(*lead, self.r)
 
     # -- inference by fewer hops
 
@@ -257,18 +263,39 @@ class Hbll(LocalCredit):
             proposals = self.propose(at, start.detach())
             posteriors = self.posteriors(start.detach(), targets)
         inputs = self.leaf_inputs(proposals, posteriors)
-        terms = [self._classify(self.read_latent(0, start), targets)]
+        terms: list[Tensor] = []
         emitted: list[Tensor | None] = [None]
         for k in range(self.regions):
             term, m = self.leaf(k, inputs[k], posteriors[k + 1], at, targets)
             terms.append(term)
             emitted.append(m.detach())
-        for span in spans(self.regions):
-            terms += self.jump(span, start if span[0] == 0 else proposals[span[0]], emitted, posteriors, targets)
+        terms += self.jumps(start, proposals, emitted, posteriors, targets)
         return torch.stack(terms).sum()
 
-    def propose(self, at: Pass, start: Tensor) -> list[Tensor]:
-        """Proposals ``z_0 .. z_{K-1}``, from the input alone."""
+    def jumps(
+        self,
+        start: Tensor,
+        proposals: Sequence[Tensor],
+        emitted: Sequence[Tensor | None],
+        posteriors: Sequence[Tensor],
+        targets: Targets,
+    ) -> list[Tensor]:
+        """The objectives of the tree: the readout of ``z_0``, and those of the maps of all spans; see ``jump``."""
+        terms = [self.classify(self.read_latent(0, start), targets)]
+        for span in spans(self.regions):
+            terms += self.jump(span, start if span[0] == 0 else proposals[span[0]], emitted, posteriors, targets)
+        return terms
+
+    def propose(
+        self, at: Pass, start: Tensor, sweep: Callable[[list[Tensor]], list[Tensor]] | None = None
+    ) -> list[Tensor]:
+        """Proposals ``z_0 .. z_{K-1}``, from the input alone.
+
+        Args:
+            at: The call.
+            start: ``z_0``.
+            sweep: Runs regions ``0 .. K-2`` on proposals and gives what they emit; by default here, one by one.
+        """
         z: list[Tensor] = [start] * self.regions
         for level in self.tree[:-1]:
             for a, b in level:
@@ -276,7 +303,7 @@ class Hbll(LocalCredit):
                     z[middle((a, b))] = self.hop((a, middle((a, b))), z[a])
         for _ in range(self._sweeps(at.bounded.training)):
             # all from the sweep before: no region waits for another one
-            z = [start, *(self._emit(k, z[k], at) for k in range(self.regions - 1))]
+            z = [start, *(sweep(z) if sweep else [self.emit(k, z[k], at) for k in range(self.regions - 1)])]
         return z
 
     def _sweeps(self, training: bool) -> int:
@@ -284,7 +311,8 @@ class Hbll(LocalCredit):
             return int(torch.randint(0, self.depth + 1, ())) if training else self.depth
         return int(self.rule.sweeps)
 
-    def _emit(self, k: int, m: Tensor, at: Pass) -> Tensor:
+    def emit(self, k: int, m: Tensor, at: Pass) -> Tensor:
+        """The latent that region ``k`` emits."""
         after, _ = at.region(k, m)
         assert after is not None
         return after
@@ -329,10 +357,10 @@ class Hbll(LocalCredit):
         """
         after, h = at.region(k, m)
         assert after is not None
-        loss = self._classify(self.read_latent(k + 1, after), targets)
+        loss = self.classify(self.read_latent(k + 1, after), targets)
         loss = loss + self.rule.match * self._distance(after, posterior, targets)
         if k == self.regions - 1:
-            loss = loss + self._classify(self.logits(k, h, at), targets)
+            loss = loss + self.classify(self.logits(k, h, at), targets)
         return loss, after
 
     def jump(
@@ -355,7 +383,7 @@ class Hbll(LocalCredit):
         a, b = span
         there, end = self.hop(span, m), emitted[b]
         assert end is not None
-        terms = [_half_square(there, end).mean(), self._classify(self.read_latent(b, there), targets)]
+        terms = [_half_square(there, end).mean(), self.classify(self.read_latent(b, there), targets)]
         if self.rule.precisions == "learned":
             terms.append(self._likelihood(self.forward_precisions[self._key(span)], there, end))
         begin = emitted[a]
@@ -371,7 +399,8 @@ class Hbll(LocalCredit):
         """Negative log likelihood of a Gaussian, for its precision alone."""
         return log_precision.exp() * _half_square(mean.detach(), found).mean() - log_precision / 2
 
-    def _classify(self, logits: Tensor, targets: Targets) -> Tensor:
+    def classify(self, logits: Tensor, targets: Targets) -> Tensor:
+        """Cross entropy of logits."""
         return targets.mean(forward_divergence(logits.reshape(-1, self.classes), None, targets, 1.0))
 
     def _distance(self, m: Tensor, posterior: Tensor, targets: Targets) -> Tensor:

@@ -13,7 +13,7 @@ alive at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -164,6 +164,13 @@ class Sid(LocalCredit):
 
     # -- one region
 
+    def region_of(self, name: str) -> int | None:
+        family, _, rest = name.partition(".")
+        number = rest.split(".")[0]
+        if family == "maps" or (family == "tables" and self.belief == "projection"):
+            return int(number) + 1
+        return int(number) if family == "heads" and self.readout == "private" else None
+
     def read(self, k: int, canvas: Tensor, m: Tensor | None, values: Mapping[str, Any]) -> Tensor:
         if m is None or self.belief == "none":
             return canvas if self.lane is None else canvas.new_zeros(canvas.shape[0], self.lane)
@@ -188,14 +195,18 @@ class Sid(LocalCredit):
         exact = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
         return exact.log_softmax(-1) if self.rule.kl == "reverse" else exact.softmax(-1)
 
-    def chain(self, at: Pass, values: dict[str, Any]) -> Iterator[tuple[Tensor | None, Tensor]]:
-        self.context(at)
-        m: Tensor | None = None
-        for k in range(self.regions):
-            _, h = at.region(k, m, values)
-            yield m, h
-            if k < self.regions - 1:
-                m = self.believe(self.logits(k, h, at))
+    def pass_on(self, k: int, after: Tensor | None, h: Tensor, at: Pass) -> Tensor:
+        return self.believe(self.logits(k, h, at))
+
+    def crossing(self, at: Pass) -> Tensor:
+        canvas = self.fold(at.canvas)
+        lead = canvas.shape[:-1] if self.positions else canvas.shape[:1]
+        dtype = torch.float64 if canvas.dtype == torch.float64 else torch.float32
+        return canvas.new_zeros((), dtype=dtype).expand(*lead, self.classes)
+
+    @property
+    def read_out(self) -> range:
+        return range(self.regions) if self.readout == "shared" else super().read_out
 
     # -- learning
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -50,6 +50,9 @@ class Interface(nn.Module):
         parallel: The body of every region reads the canvas only, so that all bodies may run side by side.
         splits: Regions are split into body and finish, and the latent enters between them.
         first_latent: Index of the first latent that exists; ``None`` where nothing crosses.
+        reader_offsets: By the first part of a parameter's name, how far the number in it is from that of the region
+            that reads it.
+        between: First parts of the names of parameters that no region reads: they combine latents between regions.
         readouts: Readouts that leave no parameter of the model or the interface without a gradient, for K >= 2.
         regions: Number of regions K.
         r: Latent width R.
@@ -61,6 +64,8 @@ class Interface(nn.Module):
     parallel: ClassVar[bool] = False
     splits: ClassVar[bool] = False
     first_latent: ClassVar[int | None] = None
+    reader_offsets: ClassVar[Mapping[str, int]] = {}
+    between: ClassVar[tuple[str, ...]] = ()
     readouts: tuple[str, ...] = ("sum", "last")
 
     def __init__(self, *, regions: int, r: int) -> None:
@@ -73,6 +78,17 @@ class Interface(nn.Module):
     def readouts_for(cls, r: int) -> tuple[str, ...]:
         """``readouts`` of an interface of this class with latents of width ``r``."""
         return cls.readouts
+
+    def region_of(self, name: str) -> int | None:
+        """The one region that reads the parameter ``name``; ``None`` where there is no such region, or several.
+
+        Example:
+            >>> interface_of_four_regions.region_of("decoders.3.weight")
+            3
+        """
+        family, _, rest = name.partition(".")
+        number = rest.split(".")[0]
+        return int(number) + self.reader_offsets[family] if family in self.reader_offsets and number.isdigit() else None
 
     @property
     def latents(self) -> range:

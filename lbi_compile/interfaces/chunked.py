@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -115,6 +115,10 @@ class ChunkedInterface(Interface):
 
     kind: ClassVar[str] = "chunked"
     first_latent: ClassVar[int | None] = 0
+    reader_offsets: ClassVar[Mapping[str, int]] = {"decoders": 0, "encoders": 0, "gates": 0}
+
+    def region_of(self, name: str) -> int | None:
+        return 0 if name.startswith("encode_canvas.") else super().region_of(name)
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -47,6 +48,10 @@ class PooledInterface(PooledLayers):
 
     kind: ClassVar[str] = "pooled"
     first_latent: ClassVar[int | None] = 0
+    reader_offsets: ClassVar[Mapping[str, int]] = {"decoders": 0, "encoders": 0, "gates": 0, "norms": 0}
+
+    def region_of(self, name: str) -> int | None:
+        return 0 if name.startswith("encode_canvas.") else super().region_of(name)
 
     def initial(self, canvas: Tensor) -> Tensor:
         return self.encode_canvas(_mean(canvas))
@@ -70,6 +75,7 @@ class SelfPooledInterface(PooledLayers):
 
     kind: ClassVar[str] = "self"
     parallel: ClassVar[bool] = True
+    reader_offsets: ClassVar[Mapping[str, int]] = {"decoders": 0, "encoders": 1, "gates": 1, "norms": 1}
     readouts: tuple[str, ...] = ("sum",)
 
     def enter(self, k: int, canvas: Tensor, m: Tensor | None) -> Tensor:

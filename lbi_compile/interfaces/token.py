@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -130,6 +130,8 @@ class TokenInterface(TokenLayers):
     kind: ClassVar[str] = "token"
     first_latent: ClassVar[int | None] = 1
     first_encoder: ClassVar[int] = 0
+    reader_offsets: ClassVar[Mapping[str, int]] = {"encoders": 0, "decoders": 0}
+    between: ClassVar[tuple[str, ...]] = ("cells",)
 
     def _encoder_gain(self, k: int) -> float:
         return 1 / math.sqrt(k + 1)
@@ -153,6 +155,7 @@ class SelfTokenInterface(TokenLayers):
 
     kind: ClassVar[str] = "self"
     first_encoder: ClassVar[int] = 1
+    reader_offsets: ClassVar[Mapping[str, int]] = {"encoders": 0, "cells": 0, "decoders": 0}
 
     def _encoder_gain(self, k: int) -> float:
         return 1.0 if k == self.regions - 1 else 1 / (1 + math.sqrt(k / (k + 1)))

@@ -1,0 +1,123 @@
+"""What the ranks do between stem and head: all regions side by side, or one rank after another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..interfaces import Interface
+from . import links
+from .adjoints import solve
+from .call import Call
+
+OUTPUT, LATENTS, ADJOINTS = "readout", "z", "b"
+
+
+def read_out(call: Call, part: Tensor | None) -> Tensor:
+    """What the head reads, from this rank's part: the sum of what its regions add, or the last region's output."""
+    model, ranks = call.model, call.ranks
+    if model.plan.readout == "sum":
+        assert part is not None
+        total = part if ranks.size == 1 else links.add_up(ranks, OUTPUT, call.thread, part)
+        return call.values[call.program.canvas] + total
+    if ranks.size == 1:
+        assert part is not None
+        return part
+    value = torch.empty_like(call.canvas) if part is None else part
+    return links.take(ranks, ranks.size - 1, OUTPUT, call.thread, value)
+
+
+class Total:
+    """Adds up what the regions of one rank give to the readout."""
+
+    def __init__(self, call: Call) -> None:
+        self.summed, self.last = call.model.plan.readout == "sum", len(call.model.plan.regions) - 1
+        self.dtype = call.canvas.dtype
+        self.part: Tensor | None = None
+
+    def add(self, k: int, h: Tensor, x: Tensor) -> None:
+        """Take in the output and the input of region ``k``."""
+        if self.summed:
+            # in a dtype that all ranks agree on, whatever autocast makes of a region
+            step = (h - x).to(self.dtype)
+            self.part = step if self.part is None else self.part + step
+        elif k == self.last:
+            self.part = h.to(self.dtype)
+
+
+def side_by_side(call: Call) -> Tensor:
+    """Bodies read the canvas only (zero, self, token): all ranks run theirs at the same time.
+
+    Where latents cross: one all_gather of z, the cells on every rank, and in the backward one all_gather of b and the
+    chain of the cells on every rank. One all_reduce for the readout.
+    """
+    model, program = call.model, call.program
+    canvas = call.regional[program.canvas]
+    opened, values = {}, {}
+    for k in model.own:
+        values[k] = dict(call.regional)
+        with call.region(k):
+            opened[k] = model.regions[k].open(canvas, None, values[k], program.regions[k])
+    m = _latents(call, {k: value.z for k, value in opened.items() if value.z is not None})
+    total = Total(call)
+    for k in model.own:
+        with call.region(k):
+            h = model.regions[k].close(opened[k], m.get(k), values[k], program.regions[k])
+        total.add(k, h, opened[k].x)
+    return read_out(call, total.part)
+
+
+def _latents(call: Call, z: dict[int, Tensor]) -> dict[int, Tensor]:
+    """The latents that enter this rank's regions, by region, from what its regions say."""
+    model, ranks, interface = call.model, call.ranks, call.model.interface
+    if interface.first_latent is None:
+        return {}
+    last = interface.regions - 1
+    like = _latent_like(interface, call.regional[call.program.canvas])
+    says = links.Shares([sum(k < last for k in model.placement.regions(rank)) for rank in range(ranks.size)])
+    hears = links.Shares([sum(k > 0 for k in model.placement.regions(rank)) for rank in range(ranks.size)])
+    every = list(z.values())
+    if ranks.size > 1:
+        call.thread, every = links.collect(ranks, says, LATENTS, call.thread, every, like)
+    latents: list[Tensor] = []
+    m: Tensor | None = None
+    for k, value in enumerate(every):
+        m = interface.leave(k, m=m, h=value, z=value)
+        assert m is not None
+        latents.append(m)
+    if ranks.size > 1:
+        call.thread, latents = links.spread(ranks, hears, ADJOINTS, call.thread, latents)
+    return dict(zip((k for k in model.own if k > 0), latents, strict=True))
+
+
+def _latent_like(interface: Interface, canvas: Tensor) -> Tensor:
+    """A tensor of the shape and dtype of the latents between regions."""
+    folded = interface.fold(canvas)
+    shape = interface.latent_shape(tuple(folded.shape))
+    assert shape is not None
+    weight = next((p for p in interface.parameters() if p.is_floating_point()), folded)
+    return folded.new_zeros((), dtype=weight.dtype).expand(shape)
+
+
+def in_turn(call: Call) -> Tensor:
+    """Regions read the latent of the region before them (pooled, chunked, identity): rank after rank, by messages of
+    one latent each. The backward is a chain of messages too, or a scan; see ``adjoints``."""
+    model, program, ranks = call.model, call.program, call.ranks
+    interface, canvas = model.interface, call.regional[program.canvas]
+    scans = model.engine.name == "scan" and torch.is_grad_enabled()
+    if ranks.first:
+        m = interface.initial(interface.fold(canvas))
+    else:
+        like = _latent_like(interface, canvas)
+        m = links.receive(ranks, call.thread, like.shape, like, reply=not scans)
+    entered, total = m, Total(call)
+    for k in model.own:
+        with call.region(k):
+            m, h, x = model.regions[k](canvas, m, dict(call.regional), program.regions[k])
+        total.add(k, h, x)
+    if scans and ranks.size > 1:
+        return solve(call, entered, m, total.part)
+    if not ranks.last:
+        assert m is not None  # only what leaves the last region does not exist
+        call.thread = links.send_on(ranks, call.thread, m)
+    return read_out(call, total.part)
