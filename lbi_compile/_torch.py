@@ -71,6 +71,7 @@ __all__ = [
     "compiling",
     "core_aten_decompositions",
     "default_partition",
+    "default_store",
     "detect_fake_mode",
     "dispatch_mode_active",
     "dynamic_sizes",
@@ -497,6 +498,13 @@ def functional_collectives() -> Any:
     import torch.distributed._functional_collectives as found
 
     return found
+
+
+def default_store() -> Any:
+    """The store through which the processes of the default group found each other."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 def gather_flat(value: torch.Tensor, group: Any) -> torch.Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,46 @@ def run(world: int, work: Callable[..., Any], *args: Any, timeout: float = 60.0)
     Ranks are forked: what the test has built they have too, without building it again.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = processes.get_context("fork")
-        started = [
-            context.Process(target=_rank, args=(rank, world, Path(folder), timeout, work, args))
-            for rank in range(world)
-        ]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(2 * timeout)
-        alive = [process for process in started if process.is_alive()]
-        for process in alive:
-            process.kill()
-            process.join()
+        codes = _start(world, Path(folder), work, args, timeout, ())
         failures = [path.read_text() for path in sorted(Path(folder).glob("*.failed"))]
         assert not failures, "\n".join(failures)
-        assert not alive, f"{len(alive)} ranks did not end"
-        assert [process.exitcode for process in started] == [0] * world
+        assert codes == [0] * world
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def start(world: int, work: Callable[..., Any], *args: Any, timeout: float, stop: Sequence[int] = ()) -> list[int]:
+    """Run ``work(rank, *args)`` where ranks may fail, and give their exit codes.
+
+    Args:
+        world: How many ranks.
+        work: What they do.
+        args: For ``work``.
+        timeout: Of the process group, in seconds.
+        stop: Ranks that are killed once all others have ended.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return _start(world, Path(folder), work, args, timeout, stop)
+
+
+def _start(
+    world: int, folder: Path, work: Callable[..., Any], args: tuple[Any, ...], timeout: float, stop: Sequence[int]
+) -> list[int]:
+    context = processes.get_context("fork")
+    started = [context.Process(target=_rank, args=(rank, world, folder, timeout, work, args)) for rank in range(world)]
+    for process in started:
+        process.start()
+    try:
+        ends = time.monotonic() + 4 * timeout + 60
+        for rank, process in enumerate(started):
+            if rank not in stop:
+                process.join(max(0.0, ends - time.monotonic()))
+                assert not process.is_alive(), f"rank {rank} did not end"
+    finally:
+        for process in started:
+            if process.is_alive():
+                process.kill()
+            process.join()
+    return [process.exitcode for process in started]
 
 
 def _rank(rank: int, world: int, folder: Path, timeout: float, work: Callable[..., Any], args: tuple[Any, ...]) -> None:

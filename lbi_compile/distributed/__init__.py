@@ -6,8 +6,22 @@ differentiated forward, ``schedules`` in which order, ``adjoints`` the scan over
 
 from __future__ import annotations
 
+from .checkpoint import Restored, load, save
+from .clipping import clip_grad_norm_
+from .faults import watch
 from .module import RegionParallel
 from .spreading import parallelize
 from .traffic import Message, Traffic, traffic
 
-__all__ = ["Message", "RegionParallel", "Traffic", "parallelize", "traffic"]
+__all__ = [
+    "Message",
+    "RegionParallel",
+    "Restored",
+    "Traffic",
+    "clip_grad_norm_",
+    "load",
+    "parallelize",
+    "save",
+    "traffic",
+    "watch",
+]

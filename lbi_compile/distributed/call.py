@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..credit.site import written
 from ..passes.insert import Program
 from ..region import SOURCES
 from . import links
@@ -51,7 +52,7 @@ class Call:
         return self.values[self.program.canvas]
 
     def _run_stem(self, leaves: list[Any]) -> None:
-        model, program = self.model, self.program
+        model = self.model
         lent = [p for p in model.parameters_of(model.placement.lent) if p.requires_grad]
         if self.ranks.size == 1 or not torch.is_grad_enabled():
             self._prepare()
@@ -59,12 +60,11 @@ class Call:
             self.regional = dict(self.values)
             return
         if self.reduce == AUTO:
-            self.reduce = model.cheaper.get(_sizes(program, leaves), CANVAS)
+            self.reduce = self._cheaper(leaves)
         if self.reduce == STEM:
             self._share_stem(leaves, lent)
         else:
             self._prepare()
-            self._compare(leaves)
             self.thread = links.new_thread(self.canvas)
             names = self._read_by_regions()
             self._share([*(self.values[name] for name in names), *lent], len(names), CANVAS_COTANGENT, lent)
@@ -74,13 +74,30 @@ class Call:
         self.program.prologue.run(self.values)
         self.program.stem.run(self.values)
 
-    def _compare(self, leaves: list[Any]) -> None:
-        """Note for calls of this size which takes fewer numbers to add up: canvas cotangents or stem gradients."""
-        names = self._read_by_regions()
-        canvas = sum(self.values[name].numel() for name in names)
-        stem = sum(p.numel() for p in self.model.parameters_of(self.model.placement.stem) if p.requires_grad)
-        stem += sum(x.numel() for x in leaves if isinstance(x, Tensor) and x.requires_grad)
-        self.model.cheaper[_sizes(self.program, leaves)] = STEM if stem < canvas else CANVAS
+    def _cheaper(self, leaves: list[Any]) -> str:
+        """Which takes fewer numbers to add up: canvas cotangents or the stem's gradients; once for every size.
+
+        The stem is run once more for it, and nothing is left of that: a run that is resumed decides alike.
+        """
+        model, program = self.model, self.program
+        key = id(program), tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))
+        if key not in model.cheaper:
+            buffers = [
+                getattr(owner, name) for piece in (program.prologue, program.stem) for owner, name in written(piece)
+            ]
+            before = [(buffer, buffer.clone()) for buffer in buffers if not isinstance(buffer, nn.Parameter)]
+            outside = dict(self.values)
+            with torch.random.fork_rng(devices=[x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda]):
+                self._prepare()
+                canvas = sum(self.values[name].numel() for name in self._read_by_regions())
+            with torch.no_grad():
+                for buffer, value in before:
+                    buffer.copy_(value)
+            self.values = outside
+            stem = [p for p in model.parameters_of(model.placement.stem) if p.requires_grad]
+            inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+            model.cheaper[key] = STEM if sum(x.numel() for x in (*stem, *inputs)) < canvas else CANVAS
+        return model.cheaper[key]
 
     def _share(self, values: list[Tensor], count: int, kind: str, lent: list[nn.Parameter]) -> None:
         kinds = [kind] * count + [SHARED_GRADIENT] * (len(values) - count)
@@ -131,7 +148,3 @@ class Call:
         """Run the head on what the readout gives."""
         self.values[self.program.head_entry] = entry
         self.program.head.run(self.values)
-
-
-def _sizes(program: Program, leaves: list[Any]) -> Any:
-    return id(program), tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))

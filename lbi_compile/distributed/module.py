@@ -45,6 +45,7 @@ class RegionParallel(nn.Module):
         ranks: The region dimension of the mesh.
         mesh: The mesh.
         reduce: ``"canvas"``, ``"stem"`` or ``"auto"``: what ranks add up in the backward.
+        steps: Training steps begun.
     """
 
     def __init__(
@@ -117,9 +118,9 @@ class RegionParallel(nn.Module):
         program = self._program(inputs)
         if self.credit is not None:
             return assemble(program, local.forward(self, program, inputs.leaves), (), ())
+        self._count()
         call = Call(self, program, inputs.leaves)
         call.head(side_by_side(call) if self.interface.parallel else in_turn(call))
-        self._count()
         flat = [call.values[leaf.name] if isinstance(leaf, OutputName) else leaf for leaf in program.outputs]
         return assemble(program, flat, (), ())
 
@@ -144,9 +145,8 @@ class RegionParallel(nn.Module):
             )
         inputs = bind(self._form, args, kwargs)
         program = self._program(inputs)
-        loss = local.loss(self, program, inputs.leaves, target)
         self._count()
-        return loss
+        return local.loss(self, program, inputs.leaves, target)
 
     def forward_regions(self, *args: Any, **kwargs: Any) -> Any:
         """Not to be had: outputs and latents of other ranks' regions are not here.

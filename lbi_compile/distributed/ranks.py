@@ -15,9 +15,6 @@ from .traffic import count
 
 collectives = functional_collectives()
 
-# Makes the error that is raised in place of a failed collective: (operation, what, the failure) to an error.
-Blame = Callable[[str, str, Exception], Exception]
-
 
 class Ranks:
     """The ranks of one dimension of a mesh; functional collectives, which ``torch.compile`` can trace.
@@ -29,14 +26,14 @@ class Ranks:
         rank: Place of this rank among them.
         size: How many they are.
         members: Their global ranks.
-        blame: Makes the error of a failed collective, where somebody watches.
+        exchanges: Collectives begun so far; on all ranks the same when they are equally far.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.members = tuple(dist.get_process_group_ranks(group))
-        self.blame: Blame | None = None
+        self.exchanges = 0
 
     @property
     def first(self) -> bool:
@@ -65,7 +62,7 @@ class Ranks:
         return lambda: self._wait("broadcast", what, pending)
 
     def _wait(self, operation: str, what: str, pending: Tensor) -> Tensor:
-        with self._blamed(operation, what):
+        with self._noted(operation, what):
             return collectives.wait_tensor(pending)
 
     def all_gather(self, value: Tensor, what: str, *, parts: dict[str, int] | None = None) -> Tensor:
@@ -94,7 +91,7 @@ class Ranks:
     def objects(self, value: Any) -> list[Any]:
         """What every rank gives, as Python objects; for small things outside of training steps."""
         found: list[Any] = [None] * self.size
-        with self._blamed("all_gather", "objects"):
+        with self._noted("all_gather", "objects"):
             dist.all_gather_object(found, value, group=self.group)
         return found
 
@@ -106,14 +103,14 @@ class Ranks:
     def _call(self, operation: str, value: Tensor, what: str, parts: dict[str, int] | None = None) -> Iterator[None]:
         if not torch.compiler.is_compiling():
             count(operation, {what: value.nbytes} if parts is None else parts, self.members)
-        with self._blamed(operation, what):
+            self.exchanges += operation not in ("send", "receive")
+        with self._noted(operation, what):
             yield
 
     @contextlib.contextmanager
-    def _blamed(self, operation: str, what: str) -> Iterator[None]:
+    def _noted(self, operation: str, what: str) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # what process groups raise, DistError among them
-            if self.blame is None:
-                raise
-            raise self.blame(operation, what, error) from error
+        except RuntimeError as error:  # what process groups raise
+            error.add_note(f"{operation} of {what} among ranks {', '.join(map(str, self.members))}")
+            raise
