@@ -16,9 +16,11 @@ from torch import nn
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import mixing  # noqa: E402
 import quality  # noqa: E402
 from quality_arms import ARMS, Arm, Drawn, prefix_losses, settings_of  # noqa: E402
 from quality_report import best, chosen, gaps, signed, table  # noqa: E402
+from result_rows import Rows  # noqa: E402
 from training import Settings, make_model  # noqa: E402
 
 COMMON = Settings(size="nano", steps=3, warmup=1, batch=2, evaluate_every=3, evaluate_on=2)
@@ -126,3 +128,26 @@ def test_the_command_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "figure.png").stat().st_size > 5000
     assert quality.main(["lstm", "--out", str(tmp_path)]) == 2
     assert "architecture 'lstm'" in capsys.readouterr().err
+
+
+def test_mixing_tells_accuracy_by_task_and_arm(tmp_path: Path) -> None:
+    small = ["--steps", "2", "--batch", "2", "--judged", "4", "--rates", "0.001", "--out", str(tmp_path)]
+    assert mixing.main(["--tasks", "S5", "recall", "--arms", "dense", "shallow", *small]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(one["what"]["task"], one["what"]["arm"]) for one in rows] == [
+        (task, arm) for task in ("S5", "recall") for arm in ("dense", "shallow")
+    ]
+    accuracy = [f"{100 * one['found']['test']['accuracy']:.1f}" for one in rows]
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2] == f"| dense | {accuracy[0]} | {accuracy[2]} |"
+    assert lines[3].endswith(f"| {accuracy[1]} | {accuracy[3]} |")
+    assert len(lines) == 4
+
+
+def test_splits_of_a_task_share_no_sequence() -> None:
+    study = mixing.study_of("3 hops", mixing.parser().parse_args([]), Rows(Path("none"), command=""), say=print)
+    batches = [study.data(0), study.data(1), study.judges["validation"], study.judges["test"]]
+    drawn = [source.batch(0, 32)[0] for source in batches]
+    for i, one in enumerate(drawn):
+        for other in drawn[:i]:
+            assert not (one == other).all(1).any()
