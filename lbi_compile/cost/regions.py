@@ -1,0 +1,175 @@
+"""Schedules of bounded models and of local credit as graphs of tasks, built from what waits for what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lbi_compile.errors import OptionError
+from lbi_compile.simulate import Graph, Link
+
+from .symbols import Workload, bits
+
+
+class Regions:
+    """The regions of a model on devices, in runs of `ceil(K / n)`, and the stages of a step that schedules share.
+
+    Args:
+        work: Numbers of the step.
+        link: Between devices.
+        shares: Share of all layers in each region; equal ones by default.
+        interface: FLOPs of a region's interface for a sample.
+        readout: Also run a head of the model's size in each region.
+    """
+
+    def __init__(
+        self,
+        work: Workload,
+        link: Link,
+        shares: Sequence[float] | None,
+        *,
+        interface: float,
+        readout: bool = False,
+    ) -> None:
+        self.work, self.graph, self.n = work, Graph(work.n, link), work.n
+        self.shares = tuple(shares or [1 / work.K] * work.K)
+        if len(self.shares) != work.K or abs(sum(self.shares) - 1) > 1e-6:
+            raise OptionError(f"shares {self.shares}", expected=f"{work.K} that sum to 1", do="give such shares")
+        each = -(-work.K // work.n)
+        # the last device may have fewer, or none
+        self.on = [range(min(p * each, work.K), min((p + 1) * each, work.K)) for p in range(work.n)]
+        self._interface, self._readout = interface, readout
+
+    def region(self, k: int, samples: float) -> float:
+        """Seconds of a region's forward with its interface."""
+        work = self.work
+        seconds = self.shares[k] * work.L * work.layer(samples) + work.o_i + self._interface * samples / work.s
+        return seconds + (work.head(samples) if self._readout else 0.0)
+
+    def device(self, p: int, samples: float) -> float:
+        """Seconds of the forwards of a device's regions."""
+        return sum(self.region(k, samples) for k in self.on[p])
+
+    def everywhere(self, seconds: float, after: Sequence[int] | None = None) -> list[int]:
+        """The same work on every device."""
+        waits = [()] * self.n if after is None else [(task,) for task in after]
+        return [self.graph.compute(p, seconds, after=waits[p]) for p in range(self.n)]
+
+    def regional(self, scale: float, after: Sequence[int]) -> list[int]:
+        """Work on each device that takes ``scale`` times the forward of its regions."""
+        each = [scale * self.device(p, self.work.B) for p in range(self.n)]
+        return [self.graph.compute(p, seconds, after=[after[p]]) for p, seconds in enumerate(each)]
+
+    def cascade(self, after: Sequence[int], size: float, *, back: bool = False) -> list[list[int]]:
+        """Hand latents from device to device, micro-batch by micro-batch. Gives the forwards of each device."""
+        work, graph, n, M = self.work, self.graph, self.n, self.work.M
+        made: list[list[int]] = [[] for _ in range(n)]
+        order = list(reversed(range(n))) if back else list(range(n))
+        for _ in range(M):
+            arrived: list[int] = []
+            for i, p in enumerate(order):
+                seconds = (work.g if back else 1.0) * self.device(p, work.B / M)
+                waits = [after[p], *made[p][-1:], *arrived]
+                made[p].append(graph.compute(p, seconds, after=waits))
+                if i + 1 < n:
+                    arrived = [graph.send(p, order[i + 1], size / M, after=made[p][-1:])]
+        return made
+
+    def readout(self, after: Sequence[int]) -> list[int]:
+        """The head's input on every device: a sum over all, or what the last one has."""
+        if self.work.rho == 1:
+            return self.graph.all_reduce(self.canvas, after)
+        return self.graph.broadcast(self.canvas, after, self.n - 1)
+
+    @property
+    def canvas(self) -> float:
+        work = self.work
+        return work.B * work.T * work.D * work.e
+
+    def end(self, after: Sequence[int]) -> Graph:
+        """What regions say about the canvas, and the stem's backward."""
+        work = self.work
+        reduced = self.graph.all_reduce(min(self.canvas, work.p_s * work.e), after)
+        self.everywhere(work.g * work.stem(work.B), reduced)
+        return self.graph
+
+
+def _pooled(work: Workload) -> float:
+    """FLOPs of a pooled interface for a sample."""
+    return 16 * work.r * (work.r + work.D)
+
+
+def chain(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Graph:
+    """Latents forward, adjoints back, device after device."""
+    regions = Regions(work, link, shares, interface=_pooled(work))
+    size = work.B * work.r * work.e
+    made = regions.cascade(regions.everywhere(work.stem(work.B)), size)
+    read = regions.readout([tasks[-1] for tasks in made])
+    heads = regions.everywhere((1 + work.g) * work.head(work.B), read)
+    made = regions.cascade(heads, size, back=True)
+    return regions.end([tasks[-1] for tasks in made])
+
+
+def scan(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Graph:
+    """Latents forward; Jacobians while others still wait; then everything at once."""
+    regions = Regions(work, link, shares, interface=_pooled(work))
+    graph, n, g, x = regions.graph, work.n, work.g, work.x
+    made = regions.cascade(regions.everywhere(work.stem(work.B)), work.B * work.r * work.e)
+    ends = [tasks[-1] for tasks in made]
+    jacobians = []
+    for p in range(n):
+        needed = [k for k in regions.on[p] if k < work.K - 1]
+        each = (work.o + work.r * work.w * work.B / work.s) * work.L
+        seconds = x * g * sum(regions.shares[k] * each for k in needed)
+        jacobians.append(graph.compute(p, seconds, after=[ends[p]]))
+    read = [graph.join(pair) for pair in zip(regions.readout(ends), jacobians, strict=True)]
+    heads = regions.everywhere((1 + g) * work.head(work.B), read)
+    if work.rho == 1:
+        own = regions.regional(x * g, heads)
+    else:
+        last = x * g * regions.region(work.K - 1, work.B)
+        own = [*heads[:-1], graph.compute(n - 1, last, after=heads[-1:])]
+    size = (work.K - 1) * work.B * (work.r**2 + work.r) * work.e
+    steps = (work.K - 1) * (work.o_c + 2 * work.r**2 * work.B / work.s)
+    return regions.end(regions.regional(g, regions.everywhere(steps, graph.all_gather(size, own))))
+
+
+def token(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Graph:
+    """All regions at once, forward and backward."""
+    regions = Regions(work, link, shares, interface=4 * work.T * work.D * work.r)
+    graph, g, positions = regions.graph, work.g, work.B * work.T
+    size = work.K * positions * work.r * work.e
+    cells = (work.K - 1) * (work.o_c + 2 * work.gamma * work.r**2 * positions / work.s)
+    steps = (work.K - 1) * (work.o_c + 2 * work.r**2 * positions / work.s)
+    told = graph.all_gather(size, regions.regional(1.0, regions.everywhere(work.stem(work.B))))
+    read = graph.all_reduce(regions.canvas, regions.everywhere(cells, told))
+    back = regions.regional(g, regions.everywhere((1 + g) * work.head(work.B), read))
+    solved = regions.everywhere(steps + g * cells, graph.all_gather(size, back))
+    return regions.end(solved)
+
+
+def sid(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Graph:
+    """A cascade of beliefs; whoever has passed one on learns."""
+    interface = 2 * work.D * work.C * work.tau
+    regions = Regions(work, link, shares, interface=interface, readout=True)
+    made = regions.cascade(regions.everywhere(work.stem(work.B)), work.B * work.tau * work.C * work.e)
+    learned = []
+    for p in range(work.n):
+        seconds = work.g * work.M * regions.device(p, work.B / work.M)
+        learned.append(regions.graph.compute(p, seconds, after=made[p][-1:]))
+    return regions.end(learned)
+
+
+def hbll(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Graph:
+    """Sweeps of all regions at once, then all learn."""
+    regions = Regions(work, link, shares, interface=_pooled(work))
+    graph, n, g = regions.graph, work.n, work.g
+    latent = work.B * work.tau * work.r * work.e
+    levels = 2 * bits(work.K) + 2
+    now = regions.everywhere(levels * work.o_c * (1 + g), regions.everywhere(work.stem(work.B)))
+    for _ in range(round(work.J)):
+        swept = regions.regional(1.0, now)
+        passed = [graph.send(p, p + 1, latent, after=[swept[p]]) for p in range(n - 1)]
+        now = swept[:1] + [graph.join([swept[p], passed[p - 1]]) for p in range(1, n)]
+    learned = regions.regional(1 + g, now)
+    learned[-1] = graph.compute(n - 1, (1 + g) * work.head(work.B), after=learned[-1:])
+    return regions.end(graph.all_gather(work.K * latent, learned))
