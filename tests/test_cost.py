@@ -48,8 +48,8 @@ def test_every_form_is_written_in_the_letters():
 def test_forms_are_exact_where_nothing_is_neglected(n, K, M, link):
     for name in ("one", "data", "chain", "scan", "token", "sid"):
         assert abs(off(name, work(n, K=K, M=M), link)) < EXACT, name
-    # the last device has no latent to pass on in a sweep, so with two devices it is ahead by that message
-    assert -EXACT < off("hbll", work(n, K=K, M=M), link) < (0.1 if n == 2 else EXACT)
+    # only the last device has a head here: messages among the others are over by the time it joins the gather
+    assert -EXACT < off("hbll", work(n, K=K, M=M), link) < 0.01
 
 
 @pytest.mark.parametrize(("n", "M"), [(1, 1), (2, 1), (2, 8), (4, 2), (4, 4), (8, 16)])
@@ -68,8 +68,7 @@ def test_pipelines(n, M):
 def test_zero_bubble(n):
     bare = {"o": 0.0, "w_s": 0.0, "o_s": 0.0, "w_h": 0.0}
     for M in (1, 2, n):
-        if M <= n:
-            assert abs(off("zero-bubble", work(n, M=M, **bare), FREE)) < EXACT
+        assert abs(off("zero-bubble", work(n, M=M, **bare), FREE)) < EXACT
     # with more micro-batches the published bubble is a bound, and the simulated order leaves up to two W more of it
     assert -0.08 < off("zero-bubble", work(n, M=16, **bare), FREE) <= EXACT
     assert FORMS["zero-bubble"](work(n, M=16), FREE).seconds < FORMS["1f1b"](work(n, M=16), FREE).seconds
@@ -79,7 +78,7 @@ def test_zero_bubble(n):
 def test_last_readout_is_bounded_from_above(link):
     """Forms take the broadcast of the readout as waited for by all; the device that has it goes ahead."""
     for n, K in ((2, 4), (4, 4), (8, 16)):
-        assert -EXACT < off("scan", work(n, K=K, rho=0.0), link) < 0.1
+        assert -EXACT < off("scan", work(n, K=K, rho=0.0), link) < 0.2
         assert -EXACT < off("chain", work(n, K=K, rho=0.0), link) < 0.6
 
 
@@ -108,21 +107,22 @@ def test_known_sizes():
     assert gpt2.L * gpt2.w / 1024 == pytest.approx(2 * 85e6 + 12 * 4 * 1024 * 768, rel=0.01)
     # pooled, r=16, K=8, B=8, float32: seven Jacobians of every sample
     numbers = Workload(K=8, r=16, B=8, T=1, D=64, L=8, n=8, s=1e9, w=1e6, p=0.0, rho=1.0)
-    exchanged = FORMS["scan"](numbers, NVLINK).sent - FORMS["chain"](numbers, NVLINK).sent + 7 * 8 * 16 * 4
-    assert exchanged / 7 == 57_344 + 7 * 8 * 16 * 4
+    back = FORMS["scan"](numbers, NVLINK).sent - FORMS["chain"](numbers, NVLINK).sent + 7 * 8 * 16 * 4
+    padding, b = 8 * 16 * 16 * 4, 8 * 8 * 16 * 4  # the last device has no Jacobian
+    assert back / 7 == 57_344 + padding + b
     assert FORMS["data"](dataclasses.replace(numbers, p=100.0), NVLINK).sent == 2 * 7 * 800 * 4
 
 
 def test_jacobians_pay_with_many_devices_only():
-    """With one micro-batch the scan beats the chain only where there are more devices than about 1 + x (r + 1)."""
+    """With one micro-batch the scan beats the chain with more than 1 + x (r + 1) - 1 / g devices: five here."""
 
     def gain(n: int) -> float:
         # products take all the time, so that r cotangents cost r times one
         numbers = work(n, K=n, o=0.0, o_i=0.0, o_c=0.0, w_h=0.0, w_s=0.0, o_s=0.0, s=1e9)
         return FORMS["chain"](numbers, FREE).seconds / FORMS["scan"](numbers, FREE).seconds
 
-    assert gain(2) < 1
     assert gain(4) < 1
+    assert gain(5) == pytest.approx(1, abs=0.02)
     assert gain(8) > 1
     assert gain(16) > gain(8)
 

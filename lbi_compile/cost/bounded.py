@@ -1,13 +1,15 @@
 """Closed forms of schedules that train a bounded model, or its regions by losses of their own.
 
-Below, q = ceil(K / n) regions stand on a device, F is the forward of a region with its interface on all samples, G = g F
-its backward, S and H forwards of stem and head, which every device runs, and `Q(x)`, `A(x)` an all-gather and an
-all-reduce of x bytes. What the schedules share:
+They are what :mod:`lbi_compile.distributed` runs. Below, q = ceil(K / n) regions stand on a device, F is the forward of
+a region with its interface on all samples, G = g F its backward, S and H forwards of stem and head, which every device
+runs, and `Q(x)`, `A(x)` an all-gather and an all-reduce of x bytes. What the schedules share:
 
 * Readout. Summed, `A(B T D e)`, and every region has a cotangent of its own; of the last region, a broadcast of as
   much, and no other has one.
 * Canvas. Every region reads it. Its cotangents are summed over devices before the stem's backward, or the stem's
   gradients after it, whichever is less: `A(min(B T D, p_s) e)`.
+* Parts of an all-gather are as large as the largest, so that with regions that do not divide evenly, or of which the
+  last has nothing to say, `n q` of them are sent and not K or K - 1.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ from .symbols import (
 )
 
 _q = sympy.ceiling(K / n)
+_last = K - _q * (n - 1)  # regions on the last device
 _POOLED_FLOPS = 16 * r * (r + D)  # of a sample: an encoder D -> 4 r -> r and a decoder r -> 4 r -> D
 _TOKEN_FLOPS = 4 * T * D * r  # an encoder D -> r and a decoder r -> D at every position
 
@@ -100,8 +103,8 @@ def _cascade(region: Expr, message: Expr, *, back: bool = False) -> Expr:
 def _chain() -> Form:
     """Latents forward, adjoints back, device after device, `B r e` bytes each; no Jacobians.
 
-    `S + n q F + (n - 1) (alpha + B r e / beta)` for one micro-batch, readout, `(1 + g) H`, the same way back with G, the
-    canvas, g S. With M micro-batches both ways are pipelines; the loss is taken once, of all samples.
+    `S + n q F + (n - 1) (alpha + B r e / beta)` for one micro-batch, readout, `(1 + g) H`, the same way back with G,
+    the canvas, g S. With M micro-batches both ways are pipelines; the loss is taken once, of all samples.
     """
     region = _region(f.part, _POOLED_FLOPS)
     seconds = (
@@ -124,52 +127,51 @@ def _chain() -> Form:
 def _scan() -> Form:
     """Latents forward, then Jacobians and own cotangents on all devices at once, one gather of both, one scan.
 
-    1. `S`, then latents in M micro-batches from device to device, as in the chain; call its end t.
-    2. Jacobians: `X = x g q (L / K) (o + r w B / s)`, r cotangents of activations side by side. The last device needs
-       one less than it has regions, `X (q - 1) / q`; the one before it begins its q as much earlier as a device's
-       forward and a message take. They run while the readout is summed: `max(readout, X (q - 1) / q, X - q F - alpha -
-       B r e / (M beta))`.
-    3. `(1 + g) H` on all devices, and b, the cotangents that reach latents by the readout: `x G` for each region that is read out.
-    4. `Q((K - 1) B r^2 e + (K - 1) B r e)` of J and b; K - 1 steps of the scan on every device, `o_c + 2 r^2 B / s` each.
-    5. G on all devices, with the adjoints; the canvas; g S.
+    1. `S`, then latents in M micro-batches from device to device, as in the chain.
+    2. Jacobians of each device's regions together, on all devices but the last: `X = x g q (L / K) (o + r w B / s)`, r
+       cotangents of activations side by side. The device before the last begins them a device's forward and a message
+       earlier than the last ends, and they run while the readout is summed: `max(readout, X - q F - alpha - B r e /
+       (M beta))`. Between two devices the seed is the adjoint, and there are none.
+    3. `(1 + g) H` on all devices, and b, the cotangent that reaches a device's latent by the readout: `x G q`.
+    4. `Q(n B (r^2 + r) e)` of J and b, n - 1 of them needed; n - 1 steps of the scan on every device, of
+       `o_c + 2 r^2 B / s`.
+    5. `G q` on all devices, with the adjoints; the canvas; g S.
 
-    With one device nothing hides Jacobians. Break-even with the chain at one micro-batch needs about `n > 1 + x (r + 1)`
-    devices where messages are free: `(n - 1) G` saved against `X + x G` at best.
+    With one micro-batch and free messages it beats the chain with `n > 1 + x (r + 1) - 1 / g` devices: `(n - 1) G q`
+    saved against `X - q F` and `x G q`. On one device it is plain autograd.
     """
-    region, whole = _region(f.part, _POOLED_FLOPS), _region(B, _POOLED_FLOPS)
+    whole = _q * _region(B, _POOLED_FLOPS)
     jacobians = x * g * _q * u * (L / K) * (f.o + r * f.w * B / s)
-    earlier = sympy.Piecewise((jacobians - _q * region - f.hop(_latent / M), n > 1), (0, True))
-    exchanged = (K - 1) * (B * r**2 + B * r) * e
-    scan = (K - 1) * (o_c + 2 * r**2 * B / s)
-    own = x * g * (rho * _q + 1 - rho) * whole
+    earlier = jacobians - _q * _region(f.part, _POOLED_FLOPS) - f.hop(_latent / M)
+    exchanged = n * B * (r**2 + r) * e
+    scan = (n - 1) * (o_c + 2 * r**2 * B / s)
     seconds = (
         _ends
-        + _cascade(region, _latent)
-        + Max(_readout, jacobians * (_q - 1) / _q, earlier)
-        + own
+        + _cascade(_region(f.part, _POOLED_FLOPS), _latent)
+        + sympy.Piecewise((Max(_readout, earlier), n > 2), (_readout, True))
+        + sympy.Piecewise((x * g * whole, n > 1), (0, True))
         + f.gather(exchanged)
         + scan
-        + g * _q * whole
+        + g * whole
         + f.reduce(_canvas_back)
     )
-    mean = _region(B, _POOLED_FLOPS, mean=True)
+    mean = K / n * _region(B, _POOLED_FLOPS, mean=True)
+    pulled = x * g * (rho * (n - 1) + 1 - rho) / n
     busy = (
         _ends
         + M * K / n * _region(f.part, _POOLED_FLOPS, mean=True)
-        + jacobians * (K - 1) / (n * _q * u)
-        + x * g * (rho * K + (1 - rho)) / n * mean
+        + sympy.Piecewise((jacobians / (_q * u) * (K - _last) / n, n > 2), (0, True))
+        + sympy.Piecewise((pulled * mean, n > 1), (0, True))
         + scan
-        + g * K / n * mean
+        + g * mean
     )
     flops = (
-        (1 + g + x * g * (rho + (1 - rho) / K)) * (_layer_flops + _interfaces(_POOLED_FLOPS))
-        + x * g * r * _layer_flops * (K - 1) / K
-        + n * (K - 1) * 2 * r**2 * B
+        (1 + g) * (_layer_flops + _interfaces(_POOLED_FLOPS))
+        + sympy.Piecewise((pulled * (_layer_flops + _interfaces(_POOLED_FLOPS)), n > 1), (0, True))
+        + sympy.Piecewise((x * g * r * _layer_flops * (K - _last) / K, n > 2), (0, True))
+        + n * (n - 1) * 2 * r**2 * B
         + _end_flops
     )
-    sent = (
-        (n - 1) * _latent + _readout_sent + f.gather_sent(exchanged) + f.reduce_sent(_canvas_back)
-    )  # fmt: skip
     return Form(
         "scan",
         "LBI scan (pooled)",
@@ -177,24 +179,22 @@ def _scan() -> Form:
         seconds=seconds,
         busy=busy,
         flops=flops,
-        sent=sent,
-        memory=_weights + _kept + (K - 1) * B * r**2 * e,
+        sent=(n - 1) * _latent + _readout_sent + f.gather_sent(exchanged) + f.reduce_sent(_canvas_back),
+        memory=_weights + _kept + n * B * (r**2 + r) * e,
         refuses=_micro_batched,
         source="latent bridge interfaces; suffix scan: Blelloch, 1990",
     )
 
 
 def _token() -> Form:
-    """All regions at once, forward and backward; cells between latents and the scan on every device.
+    """All regions at once, forward and backward; cells between latents on every device.
 
-    `S + q F`, `Q(K B T r e)` of what regions say, K - 1 cells of `o_c + 2 gamma r^2 B T / s`, the readout `A(B T D e)`,
-    `(1 + g) H`, `q G` with `Q(K B T r e)` of b on the way, the scan, the cells' backward, the canvas, g S.
+    `S + q F`, `Q(n q B T r e)` of what regions say, K - 1 cells of `o_c + 2 gamma r^2 B T / s`, the readout
+    `A(B T D e)`, `(1 + g) H`, `q G` with `Q(n q B T r e)` of b on the way, the cells' backward, the canvas, g S.
     """
     region = _region(B, _TOKEN_FLOPS)
-    cells = (K - 1) * (o_c + 2 * gamma * r**2 * B * T / s)
-    scan = (K - 1) * (o_c + 2 * r**2 * B * T / s)
-    between = (1 + g) * cells + scan
-    exchanged = K * _position_latent
+    between = (1 + g) * (K - 1) * (o_c + 2 * gamma * r**2 * B * T / s)
+    exchanged = n * _q * _position_latent
     seconds = (
         _ends + (1 + g) * _q * region + 2 * f.gather(exchanged) + between + f.reduce(f.canvas) + f.reduce(_canvas_back)
     )
@@ -204,8 +204,7 @@ def _token() -> Form:
         BOUNDED,
         seconds=seconds,
         busy=_ends + (1 + g) * K / n * _region(B, _TOKEN_FLOPS, mean=True) + between,
-        flops=(1 + g) * (_layer_flops + _interfaces(_TOKEN_FLOPS))
-        + n * (K - 1) * 2 * r**2 * B * T * (1 + (1 + g) * gamma)
+        flops=(1 + g) * (_layer_flops + _interfaces(_TOKEN_FLOPS) + n * (K - 1) * 2 * gamma * r**2 * B * T)
         + _end_flops,
         sent=2 * f.gather_sent(exchanged) + f.reduce_sent(f.canvas) + f.reduce_sent(_canvas_back),
         memory=_weights + _kept + 2 * K * _position_latent,
@@ -217,14 +216,16 @@ def _token() -> Form:
 def _sid() -> Form:
     """One cascade of beliefs forward, `B tau C e` bytes from device to device; every region then learns by itself.
 
-    `S`, a cascade of n devices with q regions and q readouts each in M micro-batches, then `q g (F + H)` on the last
-    device to begin; all others have learned meanwhile. No cotangent crosses but the canvas's. Regions read out by heads
-    as large as the model's.
+    `S`, a cascade of n devices with q regions and q readouts each in M micro-batches, a sum of the losses (one number),
+    then `q g (F + H)` on all devices at once. No cotangent crosses but the canvas's. Regions read out by heads as large
+    as the model's.
     """
     belief = B * tau * C * e
     region = _region(f.part, 2 * D * C * tau) + f.head(f.part)
     learn = g * _q * M * region
-    seconds = (1 + g) * f.stem(B) + _cascade(region, belief) + learn + f.reduce(_canvas_back)
+    seconds = (
+        (1 + g) * f.stem(B) + _cascade(region, belief) + f.reduce(e) + learn + f.reduce(_canvas_back)
+    )  # fmt: skip
     mean = _region(f.part, 2 * D * C * tau, mean=True) + f.head(f.part)
     return Form(
         "sid",
@@ -233,7 +234,7 @@ def _sid() -> Form:
         seconds=seconds,
         busy=(1 + g) * (f.stem(B) + M * K / n * mean),
         flops=(1 + g) * (_layer_flops + _interfaces(2 * D * C * tau) + n * B * f.w_s + K * B * w_h),
-        sent=(n - 1) * belief + f.reduce_sent(_canvas_back),
+        sent=(n - 1) * belief + f.reduce_sent(e) + f.reduce_sent(_canvas_back),
         memory=_weights + _kept + (_q - 1) * B * a_h,
         refuses=_micro_batched,
         source="this package, after Synergistic Information Distillation",
@@ -243,19 +244,20 @@ def _sid() -> Form:
 def _hbll() -> Form:
     """Proposals down a tree, J Jacobi sweeps of all regions at once, posteriors down the tree, then all regions learn.
 
-    `S`, `2 ceil(log2 K)` levels of small maps, which every device computes, J sweeps of `q F` and a message of
-    `B tau r e` bytes to the next device, `(1 + g) q F`, `(1 + g) H` on the device of the last region,
-    `Q(K B tau r e)` of what regions emit for the maps to learn from, the canvas, g S.
+    `S`, `2 ceil(log2 K) + 2` levels of small maps, which every device computes, J sweeps of `q F` and
+    `Q(n q B tau r e)` each, `q F`, another `Q(n q B tau r e)` of what regions emit for the maps to learn from, a sum of
+    the losses (one number), the backward `q G`, `(1 + g) H` on the device of the last region, the canvas, g S.
     """
-    latent = B * tau * r * e
+    latents = n * _q * B * tau * r * e
     region = _region(B, _POOLED_FLOPS)
     tree = (2 * rounds(K) + 2) * o_c * (1 + g)
     seconds = (
         _ends
         + tree
-        + J * (_q * region + sympy.Piecewise((f.hop(latent), n > 1), (0, True)))
+        + J * (_q * region + f.gather(latents))
         + (1 + g) * _q * region
-        + f.gather(K * latent)
+        + f.gather(latents)
+        + f.reduce(e)
         + f.reduce(_canvas_back)
     )
     mean = _region(B, _POOLED_FLOPS, mean=True)
@@ -266,8 +268,8 @@ def _hbll() -> Form:
         seconds=seconds,
         busy=(1 + g) * (f.stem(B) + f.head(B) / n) + tree + (1 + g + J) * K / n * mean,
         flops=(1 + g + J) * (_layer_flops + _interfaces(_POOLED_FLOPS)) + (1 + g) * B * (n * f.w_s + w_h),
-        sent=J * (n - 1) * latent + f.gather_sent(K * latent) + f.reduce_sent(_canvas_back),
-        memory=_weights + _kept + 2 * K * latent,
+        sent=(J + 1) * f.gather_sent(latents) + f.reduce_sent(e) + f.reduce_sent(_canvas_back),
+        memory=_weights + _kept + 2 * K * B * tau * r * e,
         refuses=_regions,
         source="this package, after Hierarchical Block-Local Learning",
     )

@@ -39,6 +39,11 @@ class Regions:
         self.on = [range(min(p * each, work.K), min((p + 1) * each, work.K)) for p in range(work.n)]
         self._interface, self._readout = interface, readout
 
+    @property
+    def slots(self) -> int:
+        """Parts of an all-gather of one thing for each region: as many for each device as the fullest one has."""
+        return self.n * max(map(len, self.on))
+
     def region(self, k: int, samples: float) -> float:
         """Seconds of a region's forward with its interface."""
         work = self.work
@@ -114,48 +119,44 @@ def scan(work: Workload, link: Link, shares: Sequence[float] | None = None) -> G
     regions = Regions(work, link, shares, interface=_pooled(work))
     graph, n, g, x = regions.graph, work.n, work.g, work.x
     made = regions.cascade(regions.everywhere(work.stem(work.B)), work.B * work.r * work.e)
-    ends = [tasks[-1] for tasks in made]
-    jacobians = []
-    for p in range(n):
-        needed = [k for k in regions.on[p] if k < work.K - 1]
+    ready = [tasks[-1] for tasks in made]
+    read = regions.readout(ready)
+    if n > 2:
         each = (work.o + work.r * work.w * work.B / work.s) * work.L
-        seconds = x * g * sum(regions.shares[k] * each for k in needed)
-        jacobians.append(graph.compute(p, seconds, after=[ends[p]]))
-    read = [graph.join(pair) for pair in zip(regions.readout(ends), jacobians, strict=True)]
-    heads = regions.everywhere((1 + g) * work.head(work.B), read)
-    if work.rho == 1:
-        own = regions.regional(x * g, heads)
-    else:
-        last = x * g * regions.region(work.K - 1, work.B)
-        own = [*heads[:-1], graph.compute(n - 1, last, after=heads[-1:])]
-    size = (work.K - 1) * work.B * (work.r**2 + work.r) * work.e
-    steps = (work.K - 1) * (work.o_c + 2 * work.r**2 * work.B / work.s)
-    return regions.end(regions.regional(g, regions.everywhere(steps, graph.all_gather(size, own))))
+        for p in range(n - 1):
+            seconds = x * g * sum(regions.shares[k] * each for k in regions.on[p])
+            read[p] = graph.join([read[p], graph.compute(p, seconds, after=[ready[p]])])
+    told = regions.everywhere((1 + g) * work.head(work.B), read)
+    # the first device's latent comes from nobody; of the last region alone, no other device has a cotangent
+    for p in range(1, n) if work.rho == 1 else range(max(n - 1, 1), n):
+        told[p] = graph.compute(p, x * g * regions.device(p, work.B), after=[told[p]])
+    size = n * work.B * (work.r**2 + work.r) * work.e
+    steps = (n - 1) * (work.o_c + 2 * work.r**2 * work.B / work.s)
+    return regions.end(regions.regional(g, regions.everywhere(steps, graph.all_gather(size, told))))
 
 
 def token(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Graph:
     """All regions at once, forward and backward."""
     regions = Regions(work, link, shares, interface=4 * work.T * work.D * work.r)
     graph, g, positions = regions.graph, work.g, work.B * work.T
-    size = work.K * positions * work.r * work.e
+    size = regions.slots * positions * work.r * work.e
     cells = (work.K - 1) * (work.o_c + 2 * work.gamma * work.r**2 * positions / work.s)
-    steps = (work.K - 1) * (work.o_c + 2 * work.r**2 * positions / work.s)
     told = graph.all_gather(size, regions.regional(1.0, regions.everywhere(work.stem(work.B))))
     read = graph.all_reduce(regions.canvas, regions.everywhere(cells, told))
     back = regions.regional(g, regions.everywhere((1 + g) * work.head(work.B), read))
-    solved = regions.everywhere(steps + g * cells, graph.all_gather(size, back))
-    return regions.end(solved)
+    return regions.end(regions.everywhere(g * cells, graph.all_gather(size, back)))
 
 
 def sid(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Graph:
-    """A cascade of beliefs; whoever has passed one on learns."""
+    """A cascade of beliefs, the sum of the losses; then all regions learn."""
     interface = 2 * work.D * work.C * work.tau
     regions = Regions(work, link, shares, interface=interface, readout=True)
     made = regions.cascade(regions.everywhere(work.stem(work.B)), work.B * work.tau * work.C * work.e)
+    summed = regions.graph.all_reduce(work.e, [tasks[-1] for tasks in made])
     learned = []
     for p in range(work.n):
         seconds = work.g * work.M * regions.device(p, work.B / work.M)
-        learned.append(regions.graph.compute(p, seconds, after=made[p][-1:]))
+        learned.append(regions.graph.compute(p, seconds, after=[summed[p]]))
     return regions.end(learned)
 
 
@@ -163,13 +164,13 @@ def hbll(work: Workload, link: Link, shares: Sequence[float] | None = None) -> G
     """Sweeps of all regions at once, then all learn."""
     regions = Regions(work, link, shares, interface=_pooled(work))
     graph, n, g = regions.graph, work.n, work.g
-    latent = work.B * work.tau * work.r * work.e
+    size = regions.slots * work.B * work.tau * work.r * work.e
     levels = 2 * bits(work.K) + 2
     now = regions.everywhere(levels * work.o_c * (1 + g), regions.everywhere(work.stem(work.B)))
     for _ in range(round(work.J)):
-        swept = regions.regional(1.0, now)
-        passed = [graph.send(p, p + 1, latent, after=[swept[p]]) for p in range(n - 1)]
-        now = swept[:1] + [graph.join([swept[p], passed[p - 1]]) for p in range(1, n)]
-    learned = regions.regional(1 + g, now)
-    learned[-1] = graph.compute(n - 1, (1 + g) * work.head(work.B), after=learned[-1:])
-    return regions.end(graph.all_gather(work.K * latent, learned))
+        now = graph.all_gather(size, regions.regional(1.0, now))
+    emitted = regions.regional(1.0, now)
+    emitted[-1] = graph.compute(n - 1, work.head(work.B), after=emitted[-1:])
+    learned = regions.regional(g, graph.all_reduce(work.e, graph.all_gather(size, emitted)))
+    learned[-1] = graph.compute(n - 1, g * work.head(work.B), after=learned[-1:])
+    return regions.end(learned)
