@@ -43,8 +43,8 @@ _VERSION = 1
 
 # Operators of an interface for each latent: of the pooled one encoder, decoder, gate and norm, all of them between one
 # latent and the next; of the token one encoder and decoder beside the cell.
-_POOLED, _TOKEN = 12, 5
-_CELL = {None: 2, "linear": 2, "gru": 12}
+POOLED_OPS, TOKEN_OPS = 12, 5
+CELL_OPS = {None: 2, "linear": 2, "gru": 12}
 
 
 class Rates(NamedTuple):
@@ -126,11 +126,11 @@ def facts_of(
     if splits:
         gates = 3 if plan.cell == "gru" else 1
         indices = 0 if first is None else first.numel() / (first.shape[-1] if first.is_floating_point() else 1)
-        slice_nodes, slice_flops = _CELL[plan.cell] * latents, 2.0 * gates * plan.r**2 * indices * latents
-        nodes += _TOKEN * latents + slice_nodes
+        slice_nodes, slice_flops = CELL_OPS[plan.cell] * latents, 2.0 * gates * plan.r**2 * indices * latents
+        nodes += TOKEN_OPS * latents + slice_nodes
     else:
-        nodes += _POOLED * latents
-        nodes += (_TOKEN + _CELL[plan.cell]) * latents if plan.interface == "token+chunked" else 0
+        nodes += POOLED_OPS * latents
+        nodes += (TOKEN_OPS + CELL_OPS[plan.cell]) * latents if plan.interface == "token+chunked" else 0
         slice_nodes, slice_flops = nodes, flops
     return Facts(
         len(plan.regions), latents, plan.r, nodes, flops, slice_nodes, slice_flops, batched, splits, device.type

@@ -23,7 +23,7 @@ from .analysis import locate
 from .bench import arguments as bench_arguments
 from .bounded import LOCAL
 from .capture import as_inputs, capture
-from .errors import LBIError, PlanError
+from .errors import LBIError, OptionError, PlanError
 from .plan import EXACT, Plan
 from .render import files as drawings
 from .render.graph import picture
@@ -99,11 +99,33 @@ def _plan(options: argparse.Namespace) -> int:
     from . import plan
 
     files = _files(options)
+    planner = _planner(options)
     model, inputs = _load(options)
     made = plan(model, inputs, **_cut(options), credit=options.credit)
-    _print_plan(PlanView(made, why=options.why), options)
+    if planner is None:
+        _print_plan(PlanView(made, why=options.why), options)
+    else:
+        found = planner(model, inputs, made)
+        if options.json:
+            print(json.dumps({"plan": json.loads(made.to_json()), "costs": found.record()}, indent=2))
+        else:
+            show(PlanView(made, why=options.why))
+            show(planner.view(found))
+        planner.draw(found)
     _draw(files, model, inputs, made)
     return OK
+
+
+def _planner(options: argparse.Namespace) -> Any:
+    """The planner with its options, read before the work; ``None`` where it was not asked for."""
+    asked = [name for name in _PLANNER_OPTIONS if getattr(options, name.replace("-", "_")) not in (None, False)]
+    if options.devices is None:
+        if asked:
+            raise OptionError(f"--{asked[0]} without --devices", expected="both", do="say how many devices there are")
+        return None
+    from .planner import Planner  # sympy takes a while to import
+
+    return Planner.of(options)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -206,6 +228,8 @@ def _parser() -> argparse.ArgumentParser:
         if run is not _plan:
             _add_backward(command, "auto")
             _add_forward(command)
+        if run is _plan:
+            _add_planner(command)
         if run is _verify:
             command.add_argument(
                 "--ablate", action="store_true", help="also tell what zeroed, noised and shuffled latents change"
@@ -265,6 +289,24 @@ def _add_cut(command: argparse.ArgumentParser, *, regions: int) -> None:
         ("readout", "what the head reads: last, sum"),
     ):
         command.add_argument(f"--{name}", default="auto", metavar="NAME", help=f"{text} (default: auto)")
+
+
+_PLANNER_OPTIONS = ("link", "latency", "flops", "device-memory", "sweep", "plot", "simulate")
+
+
+def _add_planner(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("planner", "what a training step would cost on many devices")
+    group.add_argument("--devices", type=_positive, metavar="N", help="print costs of schedules on N devices")
+    for name, meta, text in (
+        ("link", "NAME|SPEED", "nvlink, pcie, infiniband, 10gb, ethernet, home, or 100Mb/s, 3GB/s (default: nvlink)"),
+        ("latency", "TIME", "of a message, such as 20ms; by default that of the link"),
+        ("flops", "RATE", "FLOP/s of a device, such as 300T; by default measured here, on the model's own parts"),
+        ("device-memory", "GIB", "of a device; schedules that need more are left out"),
+        ("plot", "OUT.png", "draw it, with matplotlib"),
+    ):
+        group.add_argument(f"--{name}", metavar=meta, help=text)
+    group.add_argument("--sweep", nargs="+", metavar="LETTER=N,N", help="also vary K and r: --sweep K=2,4,8 r=8,16")
+    group.add_argument("--simulate", action="store_true", help="also simulate every schedule, event by event")
 
 
 def _add_backward(command: argparse.ArgumentParser, default: str) -> None:

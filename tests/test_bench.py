@@ -337,7 +337,7 @@ def test_plot_draws_every_variant_once_per_part(monkeypatch, tmp_path: Path):
             return [axis]
 
     library = SimpleNamespace(subplots=lambda *_, **__: (figure, Axes()), close=lambda _: None)
-    monkeypatch.setattr(plot, "_library", lambda: library)
+    monkeypatch.setattr(plot, "library", lambda: library)
     cells = tuple(
         dataclasses.replace(
             compared(Variant("base", "", right, "o", baseline=True), Variant("own", "", right, "o")),

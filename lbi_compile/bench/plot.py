@@ -22,10 +22,15 @@ def check(path: Path | None) -> None:
         return
     if path.suffix != ".png" or not path.parent.is_dir():
         raise OptionError(f"--plot {path}", expected="a file name ending in .png in a folder that exists", do="fix it")
-    _library()
+    library()
 
 
-def _library() -> Any:
+def library() -> Any:
+    """``matplotlib.pyplot``, drawing into files.
+
+    Raises:
+        OptionError: It is not installed.
+    """
     try:
         matplotlib = importlib.import_module("matplotlib")
     except ImportError as error:
@@ -45,9 +50,9 @@ def draw(record: Record, path: Path) -> None:
         record: The run.
         path: A ``.png`` file.
     """
-    library = _library()
+    pyplot = library()
     parts = list(dict.fromkeys(part for cell in record.cells for row in cell.rows for part in row.seconds))
-    figure, axes = library.subplots(max(len(parts), 1), squeeze=False, figsize=(9, 3 * max(len(parts), 1) + 1))
+    figure, axes = pyplot.subplots(max(len(parts), 1), squeeze=False, figsize=(9, 3 * max(len(parts), 1) + 1))
     for axis, part in zip(axes[:, 0], parts, strict=False):
         for name in dict.fromkeys(row.name for cell in record.cells for row in cell.rows):
             _line(axis, record, part, name)
@@ -61,7 +66,7 @@ def draw(record: Record, path: Path) -> None:
     figure.suptitle(f"{record.command}\n{record.machine['processor']}, torch {record.versions['torch']}", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120, format="png")
-    library.close(figure)
+    pyplot.close(figure)
 
 
 def _line(axis: Any, record: Record, part: str, name: str) -> None:

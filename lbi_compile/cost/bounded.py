@@ -112,7 +112,7 @@ def _chain() -> Form:
     )
     return Form(
         "chain",
-        "LBI chain (pooled)",
+        "LBI pooled, chain",
         BOUNDED,
         seconds=seconds,
         busy=_ends + (1 + g) * M * K / n * _region(f.part, _POOLED_FLOPS, mean=True),
@@ -174,7 +174,7 @@ def _scan() -> Form:
     )
     return Form(
         "scan",
-        "LBI scan (pooled)",
+        "LBI pooled, scan",
         BOUNDED,
         seconds=seconds,
         busy=busy,
@@ -229,7 +229,7 @@ def _sid() -> Form:
     mean = _region(f.part, 2 * D * C * tau, mean=True) + f.head(f.part)
     return Form(
         "sid",
-        "SID (local)",
+        "SID",
         LOCAL,
         seconds=seconds,
         busy=(1 + g) * (f.stem(B) + M * K / n * mean),
@@ -263,7 +263,7 @@ def _hbll() -> Form:
     mean = _region(B, _POOLED_FLOPS, mean=True)
     return Form(
         "hbll",
-        "HBLL (local)",
+        "HBLL",
         LOCAL,
         seconds=seconds,
         busy=(1 + g) * (f.stem(B) + f.head(B) / n) + tree + (1 + g + J) * K / n * mean,

@@ -65,7 +65,7 @@ def _data() -> Form:
     made, reduced = g * forward / buckets, f.reduce(size / buckets)
     return Form(
         "data",
-        "data parallel (DDP)",
+        "data parallel",
         DENSE,
         seconds=forward + f.tandem(made + reduced, Max(made, reduced), buckets),
         busy=(1 + g) * forward,
@@ -115,7 +115,7 @@ def _gpipe() -> Form:
     backward = f.tandem(g * _all + under_way, Max(g * (_stage + _ends), moved))
     return _pipeline(
         "gpipe",
-        "pipeline, GPipe",
+        "GPipe",
         forward + backward,
         M,
         "Huang et al., GPipe, 2019",
@@ -149,7 +149,7 @@ def _one_f_one_b() -> Form:
     """
     return _pipeline(
         "1f1b",
-        "pipeline, 1F1B",
+        "1F1B",
         _alternating(),
         sympy.Min(M, n),
         "Narayanan et al., PipeDream, 2019, and Megatron-LM, 2021 (flush)",
@@ -168,7 +168,7 @@ def _zero_bubble() -> Form:
     off_path, filled = (n - 1) * weights, (sympy.Min(M, n) - 1) * weights
     return _pipeline(
         "zero-bubble",
-        "pipeline, zero-bubble (ZB-H1)",
+        "zero bubble",
         _alternating(off_path + filled, off_path),
         sympy.Min(M, n),
         "Qi et al., Zero bubble pipeline parallelism, 2023",
