@@ -183,6 +183,7 @@ def _timing(samples: int, seconds: float) -> measure.Measured:
 
 def test_models_without_counts_are_refused():
     from lbi_compile import planner
+
     options = SimpleNamespace(
         devices=2, link=None, latency=None, flops=None, device_memory=None, sweep=None, plot=None, simulate=False
     )

@@ -120,7 +120,7 @@ def _chain() -> Form:
         sent=2 * (n - 1) * _latent + _readout_sent + f.reduce_sent(_canvas_back),
         memory=_weights + _kept,
         refuses=_micro_batched,
-        source="latent bridge interfaces, without their scan",
+        source="latent bounded interfaces, without their scan",
     )
 
 
@@ -182,7 +182,7 @@ def _scan() -> Form:
         sent=(n - 1) * _latent + _readout_sent + f.gather_sent(exchanged) + f.reduce_sent(_canvas_back),
         memory=_weights + _kept + n * B * (r**2 + r) * e,
         refuses=_micro_batched,
-        source="latent bridge interfaces; suffix scan: Blelloch, 1990",
+        source="latent bounded interfaces; suffix scan: Blelloch, 1990",
     )
 
 

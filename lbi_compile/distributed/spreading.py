@@ -13,7 +13,7 @@ from ..capture import as_inputs, bind
 from ..credit.base import LocalCredit
 from ..errors import DistributedError, MeshError, OptionError, PlanError
 from ..hooked_plan import is_hooked
-from ..interfaces import LanesInterface
+from ..interfaces import LanesInterface, TokenChunkedInterface
 from ..newton import SEQUENTIAL
 from ..passes.insert import Program
 from ..staleness import raise_if_stale
@@ -148,6 +148,12 @@ def _refuse(bounded: BoundedModule, programs: list[Program]) -> None:
             "boundaries of several lanes, or of lanes in another shape than the canvas",
             "boundaries of one lane in the canvas's shape",
             "name boundaries where one value crosses, or use another interface",
+        )
+    if isinstance(bounded.interface, TokenChunkedInterface):
+        raise refuse(
+            "interface='token+chunked', whose boundaries two kinds of latents cross",
+            "one latent at a boundary",
+            'use interface="token", whose regions run side by side, or "chunked"',
         )
     if bounded.forward_method != SEQUENTIAL:
         raise refuse(
