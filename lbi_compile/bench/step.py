@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import lbi_compile
 from lbi_compile import BoundedModule, _torch, auto
+from lbi_compile.guesses import Memory
+from lbi_compile.newton import PARALLEL
 from lbi_compile.passes import scan_backward
 
 from . import cases, graphs, hand
@@ -83,6 +85,18 @@ def _auto(setting: Setting) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
     return run, owner
 
 
+def _parallel(setting: Setting) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+    bounded = setting.bounded
+
+    def run(x: Tensor) -> Tensor:
+        # every step has the same inputs here, and a step that starts at their latents has nothing to solve
+        bounded._solver.memory = Memory()
+        with bounded.with_forward(PARALLEL), bounded.with_engine("scan"):
+            return bounded(x)
+
+    return run, bounded
+
+
 def _compiled(**options: Any) -> Callable[[Setting], tuple[Callable[[Tensor], Tensor], nn.Module]]:
     def make(setting: Setting) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
         setting.bounded(setting.x)  # a compiled call needs the captured program of such inputs
@@ -134,6 +148,14 @@ FORMS: tuple[Form, ...] = (
     Form("by hand", "sequential backward on stacked parameters", _by_hand, BOUNDED, baseline=True, cases=(cases.MLP,)),
     Form("chain", "bounded model, engine chain", _engine("chain"), BOUNDED),
     Form("scan", "bounded model, engine scan", _engine("scan"), BOUNDED, compiled=True),
+    Form(
+        "parallel",
+        "bounded model, parallel forward that guesses nothing, engine scan",
+        _parallel,
+        BOUNDED,
+        compiled=True,
+        cases=(cases.MLP,),
+    ),
     Form("auto", "bounded model, engine auto", _auto, BOUNDED, compiled=True),
     Form(
         "lbi one by one",
@@ -174,7 +196,7 @@ def cell(case: Case, *, terms: Terms, only: Sequence[str] = NAMES, cuda_graphs: 
         Variant(
             form.name,
             form.what,
-            lambda form=form: _contender(form.make(setting), setting, told=form.name == "auto", graphed=cuda_graphs),
+            lambda form=form: _contender(form.make(setting), setting, name=form.name, graphed=cuda_graphs),
             form.oracle,
             form.baseline,
             form.compiled,
@@ -207,7 +229,7 @@ def _contender(
     made: tuple[Callable[[Tensor], Tensor], nn.Module],
     setting: Setting,
     *,
-    told: bool = False,
+    name: str = "",
     graphed: bool = False,
 ) -> Contender:
     run, owner = made
@@ -262,4 +284,8 @@ def _contender(
     }
     held = 0 if by_hand is None else by_hand.held
     chosen = setting.bounded.engine
-    return Contender(parts, tensors, whole, held=held, about=lambda: str(chosen) if told else "")
+
+    def about() -> str:
+        return {"auto": str(chosen), "parallel": str(setting.bounded.solve)}.get(name, "")
+
+    return Contender(parts, tensors, whole, held=held, about=about)
