@@ -65,8 +65,8 @@ def test_every_compiled_variant_of_a_step_is_right(name: str):
     assert all(row.compile_seconds for row in cell.rows)
     if name == cases.MLP:
         # the same inputs in every round are no latents known beforehand
-        assert "iterations" in cell.rows[3].about
-        assert "(1 iterations" not in cell.rows[3].about
+        assert "iterations" in cell.rows[3].note
+        assert "(1 iterations" not in cell.rows[3].note
 
 
 @pytest.mark.slow
