@@ -9,7 +9,6 @@ forward, and outputs of blocks that depend on each other going back. HBLL takes 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,16 +16,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from command import Say, at_least_one, parser_of, study
 from digits import CLASSES
 from models.residual import ResidualMLP
 from result_rows import Rows
-from rich.console import Console
 from torch import Tensor, nn
 
 import lbi_compile
 from lbi_compile import HBLL, SID
 from lbi_compile.credit.check import Depth, Saved, steps
-from lbi_compile.errors import LBIError, OptionError
 
 HOME = Path(__file__).parent / "results" / "depth_scaling"
 BACKPROP = "backprop"
@@ -132,36 +130,28 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    made = parser_of(__doc__, home=HOME)
     made.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16, 32, 64], metavar="K")
     made.add_argument("--width", type=int, default=64, metavar="D")
     made.add_argument("--batch", type=int, default=128, metavar="B")
-    made.add_argument("--out", type=Path, default=HOME, help="folder of rows and table")
     return made
+
+
+def compare(options: argparse.Namespace, rows: Rows, say: Say) -> str:
+    """Measure all rules at all depths; returns the table."""
+    sizes = {"width": options.width, "batch": options.batch}
+    at_least_one(*options.depths, *sizes.values())
+    for depth in options.depths:
+        for rule in RULES:
+            what = {"rule": rule, "depth": depth, **sizes}
+            found = rows.measured(what, lambda rule=rule, depth=depth: measure(rule, depth, **sizes))
+            say(f"{rule}, K = {depth}: {found}")
+    return table(rows.asked())
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(given)
-    say = Console(highlight=False, soft_wrap=True).print
-    sizes = {"width": options.width, "batch": options.batch}
-    try:
-        if min(*options.depths, *sizes.values()) < 1:
-            raise OptionError("a number below 1", expected="sizes from 1 on", do="pass larger numbers")
-        rows = Rows(options.out / "rows.jsonl", command=shlex.join(["python", "examples/depth_scaling.py", *given]))
-        for depth in options.depths:
-            for rule in RULES:
-                what = {"rule": rule, "depth": depth, **sizes}
-                found = rows.measured(what, lambda rule=rule, depth=depth: measure(rule, depth, **sizes))
-                say(f"{rule}, K = {depth}: {found}")
-        text = table(rows.asked())
-        (options.out / "table.md").write_text(text)
-        say(text)
-    except LBIError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return study("depth_scaling", parser(), arguments, compare)
 
 
 if __name__ == "__main__":

@@ -73,8 +73,7 @@ class TurnedDigits:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.wrong < 1:
-            raise OptionError(f"wrong={self.wrong}", expected="a share from 0 to below 1", do="pass for example 0.2")
+        check_wrong(self.wrong)
         if self.size < 1 or self.copies < 1:
             raise OptionError(
                 f"size={self.size}, copies={self.copies}", expected="at least 1 of each", do="pass larger numbers"
@@ -84,6 +83,11 @@ class TurnedDigits:
     def features(self) -> int:
         """Pixels of a picture F."""
         return self.size**2
+
+    @property
+    def classes(self) -> int:
+        """Classes C."""
+        return CLASSES
 
     def split(self, name: str) -> Split:
         """One split as `[N, F]`, every pixel at mean 0 and deviation 1 over the training split.
@@ -115,11 +119,32 @@ class TurnedDigits:
         return Split(seen + self.noise * torch.randn(seen.shape, generator=draw), y)
 
     def _with_wrong(self, y: Tensor) -> Tensor:
-        draw = torch.Generator().manual_seed(self.seed)
-        count = SPLITS["train"]
-        chosen = torch.rand(count, generator=draw) < self.wrong
-        other = torch.randint(1, CLASSES, (count,), generator=draw) * chosen
+        other = wrong_classes(SPLITS["train"], self.wrong, classes=CLASSES, seed=self.seed)
         return (y + other.repeat(self.copies)) % CLASSES
+
+
+def check_wrong(share: float) -> None:
+    """Refuse what is no share of wrong classes.
+
+    Raises:
+        OptionError: It is none.
+    """
+    if not 0 <= share < 1:
+        raise OptionError(f"wrong={share}", expected="a share from 0 to below 1", do="pass for example 0.2")
+
+
+def wrong_classes(count: int, share: float, *, classes: int, seed: int) -> Tensor:
+    """What to add to classes, modulo C, so that some become another one: `[N]`, 0 for those that stay.
+
+    Args:
+        count: Pictures N.
+        share: Chance of a picture to get a wrong class.
+        classes: Classes C.
+        seed: Of the draw.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(count, generator=draw) < share
+    return torch.randint(1, classes, (count,), generator=draw) * chosen
 
 
 def rows(name: str) -> Split:

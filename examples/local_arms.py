@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from choosing import Choice
-from digits import CLASSES, Split, TurnedDigits
+from cifar import CifarPictures
+from digits import Split, TurnedDigits
 from models.residual import ResidualMLP
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,9 +25,12 @@ from training import DivergedError
 import lbi_compile
 from lbi_compile import HBLL, SID, BoundedModule
 
-_ADAM: Choice = ("learning_rate", (1e-3, 3e-3, 1e-2))
+_ADAM: Choice = ("learning_rate", (1e-2, 3e-3, 2e-2))
 # one value for both: a rate belongs to its optimizer
-_EITHER: Choice = ("step", (*(("adam", rate) for rate in _ADAM[1]), ("sgd", 0.01), ("sgd", 0.03), ("sgd", 0.1)))
+_EITHER: Choice = (
+    "step",
+    (("adam", 1e-3), ("adam", 3e-3), ("adam", 1e-2), ("adam", 2e-2), ("sgd", 0.01), ("sgd", 0.03), ("sgd", 0.1)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +43,31 @@ class Arm:
         fixed: Settings that are given: ``depth`` of the trunk, or options of the rule.
         choices: Settings that are chosen on the validation split, one after another, each with its candidates; the
             first candidate holds until then.
+        noisy: Judged with wrong classes too.
     """
 
     label: str
     rule: str = "backprop"
     fixed: Mapping[str, Any] = field(default_factory=dict)
     choices: tuple[Choice, ...] = (_EITHER,)
+    noisy: bool = True
 
 
 ARMS = {
     "bp": Arm("backprop, 8 blocks"),
     "smooth": Arm("backprop, label smoothing", choices=(_EITHER, ("smoothing", (0.1, 0.3, 0.5)))),
-    "bp0": Arm("backprop, 0 blocks", fixed={"depth": 0}),
-    "bp1": Arm("backprop, 1 block", fixed={"depth": 1}),
-    "alone": Arm("regions alone, no latent", "sid", {"belief": "none", "alpha": 1.0}, (_ADAM,)),
-    "sid": Arm("SID", "sid", {}, (_ADAM, ("alpha", (0.5, 0.25, 0.8, 1.0)), ("readout", ("private", "shared")))),
-    "hbll": Arm("HBLL", "hbll", {}, (_ADAM, ("match", (1.0, 0.3, 0.0)), ("r", (16, 32)))),
+    "bp0": Arm("backprop, 0 blocks", fixed={"depth": 0}, noisy=False),
+    "bp1": Arm("backprop, 1 block", fixed={"depth": 1}, noisy=False),
+    "alone": Arm("regions alone, no latent", "sid", {"belief": "none", "alpha": 1.0}, (_ADAM,), noisy=False),
+    "blind": Arm("SID, belief multiplied, not read", "sid", {"update": "add", "belief": "none"}, (_ADAM,), noisy=False),
+    "sid": Arm("SID", "sid", {}, (_ADAM, ("update", ("add", "replace")), ("alpha", (0.5, 0.25, 1.0)))),
+    # what hops read and how often proposals are swept is given: the full path alone would not tell the paths apart
+    "hbll": Arm(
+        "HBLL",
+        "hbll",
+        {"hops": "canvas", "sweeps": 3, "r": 32},
+        (("learning_rate", (1e-2, 3e-3)), ("match", (0.3, 0.0))),
+    ),
 }
 
 
@@ -69,14 +83,33 @@ class Budget:
         copies: Variants of each picture to train on.
     """
 
-    width: int = 32
+    width: int = 64
     depth: int = 8
-    steps: int = 1000
+    steps: int = 1500
     batch: int = 128
     copies: int = 40
 
 
-def run(arm: Arm, chosen: Mapping[str, Any], budget: Budget, *, seed: int, wrong: float, judge: str) -> dict[str, Any]:
+class Task(Protocol):
+    """What is learned: pictures as features F of C classes; see ``TurnedDigits`` and ``CifarPictures``."""
+
+    @property
+    def features(self) -> int: ...
+    @property
+    def classes(self) -> int: ...
+    def split(self, name: str) -> Split: ...
+
+
+def run(
+    arm: Arm,
+    chosen: Mapping[str, Any],
+    budget: Budget,
+    *,
+    seed: int,
+    wrong: float,
+    judge: str,
+    folder: Path | None = None,
+) -> dict[str, Any]:
     """Train an arm once and judge it.
 
     Args:
@@ -86,6 +119,7 @@ def run(arm: Arm, chosen: Mapping[str, Any], budget: Budget, *, seed: int, wrong
         seed: Of weights, order of batches and wrong classes.
         wrong: Share of the training pictures with a wrong class.
         judge: Split to judge by.
+        folder: Of CIFAR, in place of the digits.
 
     Returns:
         ``accuracy`` in percent, and for HBLL ``paths`` (accuracy by hops), ``flops`` (by hops, of one picture) and
@@ -94,13 +128,15 @@ def run(arm: Arm, chosen: Mapping[str, Any], budget: Budget, *, seed: int, wrong
     Raises:
         DivergedError: The loss is no number any more.
     """
-    task = TurnedDigits(copies=budget.copies, wrong=wrong, seed=seed)
+    task: Task = TurnedDigits(copies=budget.copies, wrong=wrong, seed=seed)
+    if folder is not None:
+        task = CifarPictures(folder=folder, wrong=wrong, seed=seed)
     data, held_out = task.split("train"), task.split(judge)
     settings = {**arm.fixed, **chosen}
     optimizer, rate = settings.pop("step", None) or ("adam", settings.pop("learning_rate"))
     torch.manual_seed(seed)
     depth = settings.pop("depth", budget.depth)
-    model: Any = ResidualMLP(task.features, width=budget.width, depth=depth, classes=CLASSES)
+    model: Any = ResidualMLP(task.features, width=budget.width, depth=depth, classes=task.classes)
     smoothing = settings.pop("smoothing", 0.0)
     if arm.rule != "backprop":
         r, make = settings.pop("r", 16), {"sid": SID, "hbll": HBLL}[arm.rule]
@@ -198,7 +234,7 @@ def _flops(model: BoundedModule, x: Tensor, hops: int) -> int:
 
 def probed(x: Tensor, y: Tensor, held_out: Tensor, expected: Tensor) -> float:
     """Accuracy of a linear classifier that is fitted to features `[N, D]` to the end."""
-    line = nn.Linear(x.shape[1], CLASSES)
+    line = nn.Linear(x.shape[1], int(y.max()) + 1)
     search = torch.optim.LBFGS(line.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:

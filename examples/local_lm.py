@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -17,21 +16,22 @@ from typing import Any
 
 import torch
 from choosing import choose
+from command import Say, add_sizes, at_least_one, parser_of, study
 from data import ByteTokens, Corpus, Windows, corpus, library
 from local_report import mean
 from result_rows import Rows
-from rich.console import Console
 from training import DENSE, Settings, make_model, train
-
-from lbi_compile.errors import LBIError, OptionError
 
 HOME = Path(__file__).parent / "results" / "local_lm"
 CHOICE_SEED = 100
 RATES = (3e-3, 6e-3, 1e-2)
+DEFAULT = Settings(steps=600, length=64, layers=4, regions=4, batch=16, evaluate_every=10**9, evaluate_on=512)
+SIZES = ("steps", "length", "layers", "regions", "r", "batch", "evaluate_on")
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "bp": ("backprop", {"interface": DENSE}),
     "lbi": ("LBI", {"interface": "token"}),
     "sid": ("SID", {"credit": "sid"}),
+    "sid-add": ("SID, beliefs multiplied", {"credit": "sid-add"}),
     "hbll": ("HBLL", {"credit": "hbll"}),
     "alone": ("regions alone, no latent", {"credit": "alone"}),
 }
@@ -64,53 +64,41 @@ def run(tokens: Corpus, settings: Settings, *, judge: str) -> dict[str, float]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    default = Settings(steps=600, length=64, layers=4, regions=4, batch=16, evaluate_every=10**9, evaluate_on=512)
-    made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    made = parser_of(__doc__, home=HOME)
     made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="all by default")
     made.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds that are judged (%(default)s)")
     made.add_argument("--bytes", type=int, default=4_000_000, metavar="N", help="of the standard library (%(default)s)")
-    for name in ("steps", "length", "layers", "regions", "r", "batch", "evaluate_on"):
-        flag = f"--{name.replace('_', '-')}"
-        made.add_argument(flag, type=int, default=getattr(default, name), metavar="N", help="default %(default)s")
-    made.add_argument("--out", type=Path, default=HOME, help="folder of rows and table")
+    add_sizes(made, DEFAULT, SIZES)
     return made
+
+
+def compare(options: argparse.Namespace, rows: Rows, say: Say) -> str:
+    """Study all arms that are asked for; returns the table."""
+    sizes = {name: getattr(options, name) for name in SIZES}
+    at_least_one(options.seeds, options.bytes, *sizes.values())
+    tokens = corpus(library(most=options.bytes), ByteTokens())
+    lines = ["| arm | learning rate | nats per byte |", "|---|---|---|"]
+
+    def once(name: str, rate: float, *, seed: int, judge: str) -> float:
+        settings = dataclasses.replace(DEFAULT, **sizes, **ARMS[name][1], learning_rate=rate, seed=seed)
+        what = {"arm": name, "bytes": options.bytes, **dataclasses.asdict(settings), "judge": judge}
+        nats = rows.measured(what, lambda: run(tokens, settings, judge=judge))["nats"]
+        say(f"{ARMS[name][0]}, rate {rate}, seed {seed}: {nats:.3f} nats per byte on {judge}")
+        return nats
+
+    for name in options.arms:
+        rate = choose(
+            [("rate", RATES)],
+            lambda tried, name=name: -once(name, tried["rate"], seed=CHOICE_SEED, judge="validation"),
+        )["rate"]
+        found = [once(name, rate, seed=seed, judge="test") for seed in range(options.seeds)]
+        lines.append(f"| {ARMS[name][0]} | {rate} | {mean(found, digits=3)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(given)
-    say = Console(highlight=False, soft_wrap=True).print
-    names = ("steps", "length", "layers", "regions", "r", "batch", "evaluate_on")
-    sizes = {name: getattr(options, name) for name in names}
-    lines = ["| arm | learning rate | nats per byte |", "|---|---|---|"]
-    try:
-        if min(options.seeds, options.bytes, *sizes.values()) < 1:
-            raise OptionError("a number below 1", expected="sizes and seeds from 1 on", do="pass larger numbers")
-        tokens = corpus(library(most=options.bytes), ByteTokens())
-        rows = Rows(options.out / "rows.jsonl", command=shlex.join(["python", "examples/local_lm.py", *given]))
-
-        def once(name: str, rate: float, *, seed: int, judge: str) -> float:
-            settings = Settings(**sizes, **ARMS[name][1], evaluate_every=10**9, learning_rate=rate, seed=seed)
-            what = {"arm": name, "bytes": options.bytes, **dataclasses.asdict(settings), "judge": judge}
-            nats = rows.measured(what, lambda: run(tokens, settings, judge=judge))["nats"]
-            say(f"{ARMS[name][0]}, rate {rate}, seed {seed}: {nats:.3f} nats per byte on {judge}")
-            return nats
-
-        for name in options.arms:
-            rate = choose(
-                [("rate", RATES)],
-                lambda tried, name=name: -once(name, tried["rate"], seed=CHOICE_SEED, judge="validation"),
-            )["rate"]
-            found = [once(name, rate, seed=seed, judge="test") for seed in range(options.seeds)]
-            lines.append(f"| {ARMS[name][0]} | {rate} | {mean(found, digits=3)} |")
-        text = "\n".join(lines) + "\n"
-        (options.out / "table.md").write_text(text)
-        say(text)
-    except LBIError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return study("local_lm", parser(), arguments, compare)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from command import Say, parser_of, run
 from data import FINEWEB, ByteTokens, Corpus, PairTokens, Text, Windows, corpus, files, fineweb, library, package
 from models import ARCHITECTURES, PRESETS, preset
-from rich.console import Console
 from run_folder import draw_curves
 from torch import Tensor, nn
 from training import CREDITS, DENSE, Settings, make_model, train
 
 import lbi_compile
-from lbi_compile.errors import LBIError, OptionError
+from lbi_compile.errors import OptionError
 
 TOKENIZER = "tokenizer.json"
 
@@ -73,7 +73,7 @@ def read_settings(options: argparse.Namespace, device: torch.device) -> Settings
 
 def parser() -> argparse.ArgumentParser:
     """What the command line understands."""
-    made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    made = parser_of(__doc__)
     default = Settings()
     made.add_argument("architecture", choices=ARCHITECTURES, nargs="?", default=default.architecture)
 
@@ -127,58 +127,56 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     training.add_argument("--compile", action="store_true", help="torch.compile, with the backend lbi where bounded")
 
-    run = made.add_argument_group("run")
-    run.add_argument("--out", type=Path, default=Path("run"), help="folder of the run")
-    run.add_argument("--resume", action="store_true", help="go on from the checkpoint where there is one")
-    run.add_argument("--stop-after", type=int, metavar="N", help="stop at step N; --resume goes on")
-    run.add_argument("--checkpoint-every", type=int, default=500, metavar="N")
-    run.add_argument(
+    kept = made.add_argument_group("run")
+    kept.add_argument("--out", type=Path, default=Path("run"), help="folder of the run")
+    kept.add_argument("--resume", action="store_true", help="go on from the checkpoint where there is one")
+    kept.add_argument("--stop-after", type=int, metavar="N", help="stop at step N; --resume goes on")
+    kept.add_argument("--checkpoint-every", type=int, default=500, metavar="N")
+    kept.add_argument(
         "--norms-every", type=int, default=0, metavar="N", help="record norms of interface Jacobians every N steps"
     )
-    run.add_argument("--plot", action="store_true", help="draw curves.png")
+    kept.add_argument("--plot", action="store_true", help="draw curves.png")
     return made
+
+
+def train_one(options: argparse.Namespace, say: Say) -> None:
+    """Make the run that the options describe."""
+    if options.plot:
+        package("matplotlib", needed_for="curves")
+    device = torch.device(options.device)
+    settings = read_settings(options, device)
+    tokens = read_corpus(options, options.out)
+    counts = f"{len(tokens.train)} tokens of {tokens.vocabulary} kinds, {len(tokens.held_out)} held out"
+    say(f"{tokens.source}: {counts}")
+    data = Windows(tokens.train, length=settings.positions, seed=settings.seed)
+    held_out = Windows(tokens.held_out, length=settings.positions)  # the same ones for every seed
+    example = data.batch(0, 2)[0].to(device)
+    model = make_model(settings, example, vocabulary=tokens.vocabulary)
+    say(f"{sum(parameter.numel() for parameter in model.parameters())} parameters, interface {settings.interface}")
+    result = train(
+        model,
+        data,
+        held_out,
+        settings,
+        folder=options.out,
+        resume=options.resume,
+        lengths=tokens.lengths,
+        fingerprint=tokens.fingerprint,
+        stop_after=options.stop_after,
+        checkpoint_every=options.checkpoint_every,
+        run=compiled(model) if options.compile else None,
+        norms_every=options.norms_every,
+    )
+    for name, value in {**result.held_out, "seconds": result.seconds}.items():
+        say(f"{name}: {value:.4g}")
+    say(f"engine: {result.engine}")
+    if options.plot:
+        say(f"curves: {draw_curves(options.out)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    options = parser().parse_args(arguments)
-    say = Console(highlight=False, soft_wrap=True).print
-    try:
-        if options.plot:
-            package("matplotlib", needed_for="curves")
-        device = torch.device(options.device)
-        settings = read_settings(options, device)
-        tokens = read_corpus(options, options.out)
-        counts = f"{len(tokens.train)} tokens of {tokens.vocabulary} kinds, {len(tokens.held_out)} held out"
-        say(f"{tokens.source}: {counts}")
-        data = Windows(tokens.train, length=settings.positions, seed=settings.seed)
-        held_out = Windows(tokens.held_out, length=settings.positions)  # the same ones for every seed
-        example = data.batch(0, 2)[0].to(device)
-        model = make_model(settings, example, vocabulary=tokens.vocabulary)
-        say(f"{sum(parameter.numel() for parameter in model.parameters())} parameters, interface {settings.interface}")
-        result = train(
-            model,
-            data,
-            held_out,
-            settings,
-            folder=options.out,
-            resume=options.resume,
-            lengths=tokens.lengths,
-            fingerprint=tokens.fingerprint,
-            stop_after=options.stop_after,
-            checkpoint_every=options.checkpoint_every,
-            run=compiled(model) if options.compile else None,
-            norms_every=options.norms_every,
-        )
-        for name, value in {**result.held_out, "seconds": result.seconds}.items():
-            say(f"{name}: {value:.4g}")
-        say(f"engine: {result.engine}")
-        if options.plot:
-            say(f"curves: {draw_curves(options.out)}")
-    except LBIError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return run(parser(), arguments, train_one)
 
 
 def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:

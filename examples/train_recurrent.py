@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import shlex
 import statistics
 import sys
 from collections.abc import Mapping
@@ -24,11 +23,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from choosing import Choice, choose
+from command import Say, add_sizes, at_least_one, parser_of, study
 from digits import CLASSES, Split, rows
 from local_arms import accuracy, candidate, fit
 from local_report import mean
 from result_rows import Rows
-from rich.console import Console
 from torch import Tensor, nn
 
 import lbi_compile
@@ -36,7 +35,6 @@ from lbi_compile import HBLL
 from lbi_compile.credit.base import Credit
 from lbi_compile.credit.hbll import Hbll
 from lbi_compile.credit.site import Site
-from lbi_compile.errors import LBIError, OptionError
 
 HOME = Path(__file__).parent / "results" / "recurrent"
 CHOICE_SEED = 100
@@ -102,7 +100,12 @@ class Arm:
     like: str | None = None
 
 
-_TREE = (_RATES, ("latent", ("state", "bottleneck")), ("match", (1.0, 0.3, 0.1, 0.0)))
+_TREE = (
+    ("learning_rate", (3e-3, 1e-2)),
+    ("latent", ("bottleneck", "state")),
+    ("r", (32, 64)),
+    ("match", (0.3, 1.0, 0.0)),
+)
 ARMS = {
     "bptt": Arm("backpropagation through time"),
     "detached": Arm("each step by itself", detached=True),
@@ -117,13 +120,11 @@ class Budget:
 
     Attributes:
         width: Width of the state.
-        r: Latent width of ``latent="bottleneck"``.
         steps: Optimizer steps.
         batch: Digits in a step B.
     """
 
     width: int = 64
-    r: int = 32
     steps: int = 1000
     batch: int = 64
 
@@ -143,15 +144,15 @@ def run(arm: Arm, chosen: Mapping[str, Any], budget: Budget, *, seed: int, judge
     """
     data, held_out = rows("train"), rows(judge)
     settings = dict(chosen)
-    rate = settings.pop("learning_rate")
+    rate, r = settings.pop("learning_rate"), settings.pop("r", 0)
     torch.manual_seed(seed)
     model = RowGRU(data.x.shape[2], width=budget.width)
     steps = data.x.shape[1]
     if arm.rule is not None:
         rule: Any = arm.rule
-        bounded = lbi_compile.transform(
-            model, data.x[:4], regions=steps, r=budget.r, credit=rule(tied=True, **settings), seed=seed
-        )
+        # as many sweeps as the bound on dependent steps allows: regions learn on what they will be fed
+        credit = rule(tied=True, sweeps=(steps - 1).bit_length(), **settings)
+        bounded = lbi_compile.transform(model, data.x[:4], regions=steps, r=r, credit=credit, seed=seed)
         _fit(bounded, lambda x, y: bounded.local_loss(x, target=y), data, rate, budget, seed)
         with torch.no_grad():
             paths = {str(n): accuracy(bounded.forward_path(held_out.x, hops=n), held_out.y) for n in (1, 2, 4, steps)}
@@ -199,50 +200,41 @@ def table(found: Mapping[str, list[dict[str, Any]]], chosen: Mapping[str, dict[s
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    made = parser_of(__doc__, home=HOME)
     made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="all by default")
     made.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds that are judged (%(default)s)")
-    for own in dataclasses.fields(Budget):
-        made.add_argument(f"--{own.name}", type=int, default=own.default, metavar="N", help="default %(default)s")
-    made.add_argument("--out", type=Path, default=HOME, help="folder of rows and table")
+    add_sizes(made, Budget())
     return made
+
+
+def compare(options: argparse.Namespace, kept: Rows, say: Say) -> str:
+    """Study all arms that are asked for; returns the table."""
+    budget = Budget(**{own.name: getattr(options, own.name) for own in dataclasses.fields(Budget)})
+    at_least_one(options.seeds, *dataclasses.astuple(budget))
+    found: dict[str, list[dict[str, Any]]] = {}
+    chosen: dict[str, dict[str, Any]] = {}
+
+    def once(name: str, settings: dict[str, Any], *, seed: int, judge: str) -> dict[str, Any]:
+        what = {"arm": name, "chosen": settings, **dataclasses.asdict(budget), "seed": seed, "judge": judge}
+        measure = functools.partial(run, ARMS[name], settings, budget, seed=seed, judge=judge)
+        result = kept.measured(what, functools.partial(candidate, measure) if judge == "validation" else measure)
+        say(f"{ARMS[name].label}, {settings}, seed {seed}: {result['accuracy']:.1f} on {judge}")
+        return result
+
+    for name in options.arms:
+        # an arm that takes another one's settings makes that one's choice first
+        source = ARMS[name].like or name
+        chosen[name] = choose(
+            ARMS[source].choices,
+            lambda tried, source=source: once(source, tried, seed=CHOICE_SEED, judge="validation")["accuracy"],
+        )
+        found[name] = [once(name, chosen[name], seed=seed, judge="test") for seed in range(options.seeds)]
+    return table(found, chosen)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(given)
-    say = Console(highlight=False, soft_wrap=True).print
-    budget = Budget(**{own.name: getattr(options, own.name) for own in dataclasses.fields(Budget)})
-    found: dict[str, list[dict[str, Any]]] = {}
-    chosen: dict[str, dict[str, Any]] = {}
-    try:
-        if min(options.seeds, *dataclasses.astuple(budget)) < 1:
-            raise OptionError("a number below 1", expected="sizes and seeds from 1 on", do="pass larger numbers")
-        kept = Rows(options.out / "rows.jsonl", command=shlex.join(["python", "examples/train_recurrent.py", *given]))
-
-        def once(name: str, settings: dict[str, Any], *, seed: int, judge: str) -> dict[str, Any]:
-            what = {"arm": name, "chosen": settings, **dataclasses.asdict(budget), "seed": seed, "judge": judge}
-            measure = functools.partial(run, ARMS[name], settings, budget, seed=seed, judge=judge)
-            result = kept.measured(what, functools.partial(candidate, measure) if judge == "validation" else measure)
-            say(f"{ARMS[name].label}, {settings}, seed {seed}: {result['accuracy']:.1f} on {judge}")
-            return result
-
-        for name in options.arms:
-            # an arm that takes another one's settings makes that one's choice first
-            source = ARMS[name].like or name
-            chosen[name] = choose(
-                ARMS[source].choices,
-                lambda tried, source=source: once(source, tried, seed=CHOICE_SEED, judge="validation")["accuracy"],
-            )
-            found[name] = [once(name, chosen[name], seed=seed, judge="test") for seed in range(options.seeds)]
-        text = table(found, chosen)
-        (options.out / "table.md").write_text(text)
-        say(text)
-    except LBIError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return study("train_recurrent", parser(), arguments, compare)
 
 
 if __name__ == "__main__":

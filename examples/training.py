@@ -26,7 +26,13 @@ from lbi_compile.errors import LBIError, OptionError
 
 DENSE = "dense"
 # alone: every region reads the canvas and nothing of the region before, and learns from the target only
-CREDITS: dict[str, str | SID] = {"exact": "exact", "sid": "sid", "hbll": "hbll", "alone": SID(alpha=1.0, belief="none")}
+CREDITS: dict[str, str | SID] = {
+    "exact": "exact",
+    "sid": "sid",
+    "sid-add": SID(update="add"),
+    "hbll": "hbll",
+    "alone": SID(alpha=1.0, belief="none"),
+}
 _LINES = 20  # lines of progress where there is no terminal to draw a bar on
 
 

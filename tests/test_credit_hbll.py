@@ -14,7 +14,8 @@ from lbi_compile import HBLL, InterfaceError, OptionError, transform
 from lbi_compile.capture import Inputs
 from lbi_compile.credit.base import Pass
 from lbi_compile.credit.check import Depth, crossings, local_checks, nodes_behind, region_calls, steps
-from lbi_compile.credit.hbll import Hbll, label_codes
+from lbi_compile.credit.hbll import Hbll
+from lbi_compile.credit.hops import label_codes
 from lbi_compile.credit.tree import check_tiling, fuse, levels, spans, tiling
 from lbi_compile.interfaces import Draw
 from tests.credit_models import (
@@ -102,7 +103,10 @@ def test_label_codes(classes, r):
 # -- no label in the forward
 
 
-@pytest.mark.parametrize("credit", [HBLL(), HBLL(precisions="learned", feedback="learned"), HBLL(latent="state")])
+@pytest.mark.parametrize(
+    "credit",
+    [HBLL(), HBLL(precisions="learned", feedback="learned"), HBLL(latent="state"), HBLL(hops="canvas", sweeps=2)],
+)
 def test_nothing_a_region_reads_depends_on_targets(credit):
     bounded, x, y = bound(credit, dropout=0.1)
     found = []
@@ -188,7 +192,10 @@ def test_regions_learn_as_they_would_alone(tied):
 def test_dependency_depth(regions, learned):
     """The most steps that wait for each other: encoder, hops and regions forward, and one backward."""
     K = math.ceil(math.log2(regions))
-    rule = HBLL(sweeps=K, feedback="learned" if learned else "identity", precisions="learned" if learned else "fixed")
+    rule = HBLL(
+        sweeps=K, feedback="learned" if learned else "identity", precisions="learned" if learned else "fixed",
+        hops="canvas" if learned else "latent",
+    )  # fmt: skip
     bounded, x, y = bound(rule, depth=regions)
     bounded.local_loss(x, target=y)
     with region_calls(bounded) as calls, Depth(steps(bounded)) as depth:
@@ -211,7 +218,7 @@ def test_checks():
     checks = {check.name: check for check in local_checks(bounded, inputs)}
     assert checks["local gradients"].ok
     assert checks["no target in the forward"].ok
-    assert checks["dependency depth"].detail.startswith("4 of 21 steps")
+    assert checks["dependency depth"].detail.startswith("4 of 22 steps")
     assert all(torch.equal(buffer, before[name]) for name, buffer in bounded.named_buffers())
     assert all(p.grad is None for p in bounded.parameters())
     with pytest.MonkeyPatch.context() as patch:
@@ -258,6 +265,52 @@ def test_paths():
             bounded.forward_path(x, **wrong)
 
 
+@pytest.mark.parametrize("hops", ["latent", "canvas"])
+def test_maps_learn_from_what_paths_feed_them(hops, monkeypatch):
+    bounded, x, y = bound(HBLL(hops=hops, sweeps=3), depth=4)
+    credit, seen = bounded.credit, {}
+    jump = type(credit).jump
+
+    def noted(self, span, m, beside, *rest):
+        seen[span] = (m, beside)
+        return jump(self, span, m, beside, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(credit), "jump", noted)
+        bounded.local_loss(x, target=y)
+    canvas = bounded.stem(x)
+    beside = None if hops == "latent" else F.layer_norm(canvas, (8,))
+    start = credit.start(type("At", (), {"canvas": canvas}))
+    torch.testing.assert_close(seen[2, 4][0], credit.hop((0, 2), start, beside))
+    assert not seen[2, 4][0].requires_grad
+    assert seen[0, 4][0].requires_grad  # the way to the encoder
+    for span, (_, given) in seen.items():
+        assert (given is None) is (hops == "latent"), span
+    expected = credit.readers[4](credit.hop((2, 4), credit.hop((0, 2), start, beside), beside))
+    torch.testing.assert_close(bounded.forward_path(x, hops=2), expected)
+
+
+def test_every_level_is_swept():
+    bounded, x, _ = bound(HBLL(sweeps=3), depth=8)
+    credit = bounded.credit
+    start = credit.start(type("At", (), {"canvas": bounded.stem(x)}))
+    leapt = credit.leap(start)
+    begins = credit.begin(leapt, [torch.zeros_like(start)] * 8, None, 3)
+    assert len(begins) == 15
+    m = start
+    for a, b in ((0, 2), (2, 4), (4, 6), (6, 8)):  # the path of four hops
+        torch.testing.assert_close(begins[a, b], m)
+        m = credit.hop((a, b), m)
+    torch.testing.assert_close(begins[4, 8], credit.hop((0, 4), start))
+    for k in range(8):
+        assert begins[k, k + 1] is leapt[k]
+    # three regions: the second span of a level begins where a region leads
+    bounded, x, _ = bound(HBLL(sweeps=1), depth=3)
+    credit, proposals = bounded.credit, [torch.full((6, 6), float(k)).double() for k in range(3)]
+    begins = credit.begin(credit.leap(proposals[0]), proposals, None, 1)
+    assert begins[1, 3] is proposals[1]
+
+
 # -- options
 
 
@@ -269,6 +322,7 @@ def test_paths():
         {"feedback": "learned", "precisions": "learned"},
         {"tied": True},
         {"latent": "state"},
+        {"hops": "canvas"},
     ],
 )
 def test_every_parameter_gets_a_gradient(options):
@@ -279,7 +333,15 @@ def test_every_parameter_gets_a_gradient(options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"latent": "belief"}, {"sweeps": -1}, {"sweeps": "all"}, {"match": -1.0}, {"precisions": 1}, {"feedback": ""}],
+    [
+        {"latent": "belief"},
+        {"sweeps": -1},
+        {"sweeps": "all"},
+        {"match": -1.0},
+        {"precisions": 1},
+        {"feedback": ""},
+        {"hops": "input"},
+    ],
 )
 def test_options_that_do_not_exist(options):
     with pytest.raises(OptionError):

@@ -36,22 +36,25 @@ def one_hot(y):
 # -- closed forms
 
 
+@pytest.mark.parametrize("update", ["replace", "add"])
 @pytest.mark.parametrize(
     ("schedule", "alpha"), [("parallel", 0.5), ("parallel", (0.9, 0.5, 0.3, 0.2)), ("sequential", 0.3)]
 )
-def test_logit_gradient_of_every_module(schedule, alpha, monkeypatch):
-    bounded, x, y = bound(SID(alpha=alpha, schedule=schedule))
+def test_logit_gradient_of_every_module(schedule, alpha, update, monkeypatch):
+    bounded, x, y = bound(SID(alpha=alpha, schedule=schedule, update=update))
     seen = {}
-    logits = type(bounded.credit).logits
+    refined = type(bounded.credit).refined
 
-    def watched(self, k, h, at):
-        out = logits(self, k, h, at)
+    def watched(self, logits, belief):
+        out, k = refined(self, logits, belief), watched.calls % 4
+        watched.calls += 1
         if out.requires_grad:
             out.retain_grad()
             seen[k] = out
         return out
 
-    monkeypatch.setattr(type(bounded.credit), "logits", watched)
+    watched.calls = 0
+    monkeypatch.setattr(type(bounded.credit), "refined", watched)
     bounded.local_loss(x, target=y).backward()
     alphas = alpha if isinstance(alpha, tuple) else (alpha,) * 4
     before = torch.full((len(y), CLASSES), 1 / CLASSES, dtype=torch.float64)
@@ -186,8 +189,12 @@ def test_beliefs_do_not_depend_on_targets():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"kl": "reverse", "label_smoothing": 0.1}, {"readout": "shared"}, {"belief": "none"}]
-)
+    "options",
+    [
+        {}, {"kl": "reverse", "label_smoothing": 0.1}, {"readout": "shared"}, {"belief": "none"}, {"update": "add"},
+        {"kl": "reverse", "label_smoothing": 0.1, "update": "add"},
+    ],
+)  # fmt: skip
 def test_schedules_give_equal_gradients(options):
     bounded, x, y = bound(SID(**options), dropout=0.2)
     x = x.clone().requires_grad_()
@@ -316,7 +323,8 @@ def test_rows_that_are_ignored_change_nothing():
 @pytest.mark.parametrize(
     "options",
     [{"alpha": 0.0}, {"alpha": 1.5}, {"alpha": ()}, {"kl": "both"}, {"kl": "reverse"}, {"readout": "last"},
-     {"refresh": 0}, {"refresh": 2, "readout": "private"}, {"schedule": "scan"}, {"belief": "token"}],
+     {"update": "sum"}, {"refresh": 0}, {"refresh": 2, "readout": "private"}, {"schedule": "scan"},
+     {"belief": "token"}],
 )  # fmt: skip
 def test_options_that_do_not_exist(options):
     with pytest.raises(OptionError):
@@ -324,7 +332,8 @@ def test_options_that_do_not_exist(options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"readout": "shared"}, {"readout": "private"}, {"belief": "embedding"}, {"alpha": 1.0}]
+    "options",
+    [{}, {"readout": "shared"}, {"readout": "private"}, {"belief": "embedding"}, {"alpha": 1.0}, {"update": "add"}],
 )
 def test_every_parameter_gets_a_gradient(options):
     bounded, x, y = bound(SID(**options))
@@ -340,6 +349,58 @@ def test_plain_forward_is_the_last_module():
     assert taps.m[0] is None
     assert [m.shape for m in taps.m[1:]] == [(6, CLASSES)] * 3
     torch.testing.assert_close(taps.m[2].sum(-1), torch.ones(6, dtype=torch.float64))
+
+
+def test_beliefs_that_are_multiplied():
+    bounded, x, y = bound(SID(update="add", alpha=0.4))
+    credit = bounded.credit
+    with torch.no_grad():
+        out, taps = bounded.forward_regions(x)
+    belief = torch.zeros(6, CLASSES, dtype=torch.float64)  # the logarithm of what is even, up to a constant
+    expected = 0.0
+    for k, h in enumerate(taps.h):
+        head = credit.heads[k] if k < 3 else None
+        norm = [bounded.norm.weight, bounded.norm.bias] if head is None else [head.norm_weight, head.norm_bias]
+        line = [bounded.head.weight, bounded.head.bias] if head is None else [head.head_weight, head.head_bias]
+        after = belief + F.linear(F.layer_norm(h, (8,), *norm), *line)
+        p, before = after.log_softmax(-1), belief.log_softmax(-1)
+        expected = expected - (0.4 * one_hot(y) * p).sum(-1).mean() + 0.6 * (before.exp() * (before - p)).sum(-1).mean()
+        belief = p
+        if k < 3:
+            torch.testing.assert_close(taps.m[k + 1], p)
+    torch.testing.assert_close(out.log_softmax(-1), belief)
+    torch.testing.assert_close(bounded.local_loss(x, target=y), expected)
+
+
+def test_beliefs_of_positions_are_multiplied():
+    tokens = torch.randint(0, 40, (2, 9))
+    bounded = transform(gpt2(40), {"input_ids": tokens}, regions=3, credit=SID(update="add"))
+    out, taps = bounded.forward_regions(input_ids=tokens)
+    own = bounded.lm_head(bounded.transformer.ln_f(taps.h[-1]))
+    torch.testing.assert_close(out.logits, own + taps.m[-1])
+    changed = tokens.clone()
+    changed[:, 5:] = 0
+    torch.testing.assert_close(bounded(input_ids=changed).logits[:, :5], out.logits[:, :5])
+    found = both_schedules(bounded, lambda: bounded.local_loss(input_ids=tokens, target=tokens))
+    assert largest_difference(*found) < 1e-12
+
+
+def test_a_loop_that_hands_the_optimizer_a_closure():
+    bounded, x, y = bound("sid", fresh=True)
+    optimizer = torch.optim.LBFGS(bounded.parameters(), max_iter=4)
+    losses = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = bounded.local_loss(x, target=y)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        return loss
+
+    for _ in range(5):
+        optimizer.step(closure)
+    assert len(losses) > 10
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_descent_is_measured():

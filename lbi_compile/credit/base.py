@@ -215,8 +215,8 @@ class LocalCredit(Interface):
         """What enters region 0 in the plain forward."""
         return None
 
-    def pass_on(self, k: int, after: Tensor | None, h: Tensor, at: Pass) -> Tensor | None:
-        """What enters region ``k + 1`` in the plain forward, from what region ``k`` gave."""
+    def pass_on(self, k: int, m: Tensor | None, after: Tensor | None, h: Tensor, at: Pass) -> Tensor | None:
+        """What enters region ``k + 1`` in the plain forward, from what entered region ``k`` and what that gave."""
         return after
 
     def crossing(self, at: Pass) -> Tensor:
@@ -236,7 +236,7 @@ class LocalCredit(Interface):
             after, h = at.region(k, m, values)
             yield m, h
             if k < self.regions - 1:
-                m = self.pass_on(k, after, h, at)
+                m = self.pass_on(k, m, after, h, at)
 
     def run(
         self,
@@ -255,8 +255,12 @@ class LocalCredit(Interface):
         ms, hs = zip(*self.chain(at, at.values), strict=True)
         at.values[program.head_entry] = hs[-1]
         program.head.run(at.values)
+        self.conclude(at, ms[-1])
         flat = [at.values[leaf.name] if isinstance(leaf, OutputName) else leaf for leaf in program.outputs]
         return flat, tuple(hs) if taps else (), tuple(ms) if taps else ()
+
+    def conclude(self, at: Pass, m: Tensor | None) -> None:
+        """Make the model's logits those of the last region, where the head alone does not: ``m`` entered it."""
 
     # -- learning
 

@@ -7,12 +7,14 @@ The boundaries 0 .. K are the ends of spans in a binary tree. Every span (a, b] 
 ``F_ab: m_a -> m_b`` and feeds back ``G_ab: m_b -> m_a``. One step of training:
 
 1. Proposals ``z_0 .. z_{K-1}`` from the input alone: ``z_0`` is encoded from the canvas, ``z_c = F_ac(z_a)`` down the
-   tree, then a few Jacobi sweeps ``z_{k+1} <- f_k(canvas, z_k)`` with all regions f_k side by side. No gradient.
+   tree, then a few Jacobi sweeps ``z_{k+1} <- f_k(canvas, z_k)`` with all regions f_k side by side. Every level of
+   spans is swept likewise, ``z_b <- F_ab(z_a)``: what its maps are fed is what shorter paths will feed them. No
+   gradient.
 2. Posteriors from the label, as targets only: the label's code stands at boundary K, and in the middle c of every span
    (a, b] the two Gaussians ``F_ac(m_a)`` and ``G_cb(m_b)`` are multiplied. No gradient.
 3. Every region k learns at once, from its proposal: ``CE(read m'_{k+1}, y) + w/2 mean |m'_{k+1} - posterior|^2``. The
-   last one also learns through the model's own head. Every span learns to jump: ``1/2 mean |F_ab(z_a) - m'_b|^2``
-   towards what the regions emit, and ``CE(read F_ab(z_a), y)``.
+   last one also learns through the model's own head. Every span learns to jump, from what its level proposes:
+   ``1/2 mean |F_ab(z_a) - m'_b|^2`` towards what the regions emit, and ``CE(read F_ab(z_a), y)``.
 
 Posteriors are never fed to a region: they hold the label, and a region that reads it learns nothing else. About
 ``2 ceil(log2 K) + 2`` steps depend on each other, whatever the order of magnitude of K.
@@ -30,9 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InterfaceError, OptionError
-from ..interfaces.base import GELU_RMS, SMALLEST_NORM, Decoder, Draw, Encoder
+from ..interfaces.base import Decoder, Encoder
 from ..passes.insert import OutputName, Program
 from .base import MANY_CLASSES, Credit, LocalCredit, Pass, one_of
+from .hops import Hop, label_codes, latent_norm
 from .losses import forward_divergence
 from .replay import uncached
 from .site import Site
@@ -57,6 +60,11 @@ class HBLL(Credit):
             batch. In evaluation mode it is the largest.
         match: Weight w of the distance to the posterior.
         precisions: ``"fixed"`` (1 / length of the span) or ``"learned"`` (by maximum likelihood of what regions emit).
+        hops: What the maps F read: ``"latent"`` (the latent alone) or ``"canvas"`` (the canvas beside it, pooled where
+            the latent is: every further hop of a path then adds to what it knows of the input).
+        readout: ``"private"`` (the latents of every boundary have a linear readout of their own), ``"shared"`` (one for
+            all: latents then mean the same everywhere, and a hop only has to add to what it was given), or ``"auto"``:
+            shared from 256 classes on.
         feedback: ``"identity"`` or ``"learned"`` maps G.
         tied: Regions share encoder and decoder, and spans of one length their maps: for the unrolled steps of a
             recurrence.
@@ -76,6 +84,8 @@ class HBLL(Credit):
     sweeps: int | str = "random"
     match: float = 1.0
     precisions: str = "fixed"
+    hops: str = "latent"
+    readout: str = "auto"
     feedback: str = "identity"
     tied: bool = False
     weight: Tensor | Sequence[float] | None = None
@@ -85,6 +95,8 @@ class HBLL(Credit):
     def __post_init__(self) -> None:
         one_of("latent", self.latent, "bottleneck", "state")
         one_of("precisions", self.precisions, "fixed", "learned")
+        one_of("hops", self.hops, "latent", "canvas")
+        one_of("readout", self.readout, "auto", "shared", "private")
         one_of("feedback", self.feedback, "identity", "learned")
         if self.sweeps != "random" and (not isinstance(self.sweeps, int) or self.sweeps < 0):
             raise OptionError(f"sweeps={self.sweeps!r}", expected='"random" or a number from 0 on', do="pass sweeps=2")
@@ -93,23 +105,6 @@ class HBLL(Credit):
 
     def build(self, site: Site) -> Hbll:
         return Hbll(site, self)
-
-
-class Hop(nn.Module):
-    """A map between latents: ``norm(m + MLP(m))``, `[..., R]` -> `[..., R]`."""
-
-    def __init__(self, draw: Draw, r: int) -> None:
-        super().__init__()
-        self.hidden = draw.linear(r, 4 * r)
-        self.out = draw.linear(4 * r, r, gain=0.5 / GELU_RMS)
-
-    def forward(self, m: Tensor) -> Tensor:
-        return latent_norm(m + self.out(F.gelu(self.hidden(m))).to(m.dtype))
-
-
-def latent_norm(m: Tensor) -> Tensor:
-    """A latent at mean 0 and mean square 1; tanh where a norm would leave too little of it."""
-    return F.layer_norm(m, m.shape[-1:]).to(m.dtype) if m.shape[-1] >= SMALLEST_NORM else m.tanh()
 
 
 class Hbll(LocalCredit):
@@ -140,7 +135,7 @@ class Hbll(LocalCredit):
             self.r = site.width
         K, r, draw, wide = site.regions, self.r, site.draw(), 4 * self.r
         self.tree = levels(K)
-        width = site.width
+        width, wide_hop = site.width, site.canvas.shape[-1] if rule.hops == "canvas" else None
         self.encode_canvas = Encoder(draw, width=site.canvas.shape[-1], hidden=wide, r=r)
         keys = ["all"] if rule.tied else [str(k) for k in range(K)]
         self.encoders, self.decoders = nn.ModuleDict(), nn.ModuleDict()
@@ -154,7 +149,7 @@ class Hbll(LocalCredit):
         for span in spans(K):
             key, length = self._key(span), span[1] - span[0]
             if key not in self.forward_maps:
-                self.forward_maps[key] = Hop(draw, r)
+                self.forward_maps[key] = Hop(draw, r, wide_hop)
                 if rule.precisions == "learned":
                     self.forward_precisions[key] = draw.parameter(-math.log(length))
             if span[0] > 0 and key not in self.feedback_maps and key not in self.feedback_precisions:
@@ -162,7 +157,7 @@ class Hbll(LocalCredit):
                     self.feedback_maps[key] = Hop(draw, r)
                 if rule.precisions == "learned":
                     self.feedback_precisions[key] = draw.parameter(-math.log(length))
-        shared = site.classes >= MANY_CLASSES
+        shared = rule.readout == "shared" or (rule.readout == "auto" and site.classes >= MANY_CLASSES)
         self.readers = nn.ModuleList(draw.linear(r, site.classes) for _ in range(1 if shared else K + 1))
         self.register_buffer("codes", label_codes(draw, site.classes, r))
 
@@ -176,9 +171,9 @@ class Hbll(LocalCredit):
     def _key(self, span: Span) -> str:
         return str(span[1] - span[0]) if self.rule.tied else f"{span[0]}_{span[1]}"
 
-    def hop(self, span: Span, m: Tensor) -> Tensor:
-        """``F_ab(m_a)``."""
-        return self.forward_maps[self._key(span)](m)
+    def hop(self, span: Span, m: Tensor, beside: Tensor | None = None) -> Tensor:
+        """``F_ab(m_a)``; ``beside`` is what the maps read of the canvas."""
+        return self.forward_maps[self._key(span)](m, beside)
 
     def feed_back(self, span: Span, m: Tensor) -> Tensor:
         """``G_ab(m_b)``."""
@@ -196,6 +191,13 @@ class Hbll(LocalCredit):
     def start(self, at: Pass) -> Tensor:
         """``z_0``: the canvas, pooled over positions where samples have one set of logits, encoded."""
         return latent_norm(self.encode_canvas(self._pool(self.fold(at.canvas))))
+
+    def beside(self, at: Pass) -> Tensor | None:
+        """What the maps F read of the canvas: pooled like ``z_0``, at mean 0 and mean square 1."""
+        if self.rule.hops == "latent":
+            return None
+        pooled = self._pool(self.fold(at.canvas))
+        return F.layer_norm(pooled, pooled.shape[-1:])
 
     def _pool(self, value: Tensor) -> Tensor:
         return value.mean(1) if value.dim() == 3 and not self.positions else value
@@ -235,14 +237,14 @@ class Hbll(LocalCredit):
             )
         made = tiling(self.regions, hops) if hops is not None else check_tiling(self.regions, spans)
         at = Pass(bounded, program, leaves)
-        m, h = self.start(at), None
+        m, h, beside = self.start(at), None, self.beside(at)
         for span in made:
             if span[1] - span[0] == 1:
                 after, h = at.region(span[0], m, at.values)
                 assert after is not None
                 m = after
             else:
-                m, h = self.hop(span, m), None
+                m, h = self.hop(span, m, beside), None
         if h is not None:
             at.values[program.head_entry] = h
             program.head.run(at.values)
@@ -258,10 +260,9 @@ class Hbll(LocalCredit):
     def loss(self, bounded: BoundedModule, program: Program, leaves: Sequence[Any], target: Any) -> Tensor:
         at = Pass(bounded, program, leaves)
         targets = self.read_targets(target, at)
-        start = self.start(at)
+        start, beside = self.start(at), self.beside(at)
         with torch.no_grad(), uncached(), self.kept_buffers(at):
-            proposals = self.propose(at, start.detach())
-            posteriors = self.posteriors(start.detach(), targets)
+            proposals, begins, posteriors = self.set_out(at, start.detach(), beside, targets)
         inputs = self.leaf_inputs(proposals, posteriors)
         terms: list[Tensor] = []
         emitted: list[Tensor | None] = [None]
@@ -269,13 +270,40 @@ class Hbll(LocalCredit):
             term, m = self.leaf(k, inputs[k], posteriors[k + 1], at, targets)
             terms.append(term)
             emitted.append(m.detach())
-        terms += self.jumps(start, proposals, emitted, posteriors, targets)
+        terms += self.jumps(start, begins, beside, emitted, posteriors, targets)
         return torch.stack(terms).sum()
+
+    def set_out(
+        self,
+        at: Pass,
+        start: Tensor,
+        beside: Tensor | None,
+        targets: Targets,
+        sweep: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    ) -> tuple[list[Tensor], dict[Span, Tensor], list[Tensor]]:
+        """What regions and maps are fed, and what they learn towards; nothing of it has a graph.
+
+        Args:
+            at: The call.
+            start: ``z_0``.
+            beside: What the maps read of the canvas.
+            targets: What is to be predicted.
+            sweep: Runs regions ``0 .. K-2`` on proposals and gives what they emit; by default here, one by one.
+
+        Returns:
+            Proposals ``z_0 .. z_{K-1}``, where the map of each span begins, and posteriors at the boundaries 0 .. K.
+        """
+        sweeps = self._sweeps(at.bounded.training)
+        leapt = self.leap(start, beside)
+        proposals = self.propose(at, leapt, sweeps, sweep)
+        begins = self.begin(leapt, proposals, beside, sweeps)
+        return proposals, begins, self.posteriors(start, targets, beside)
 
     def jumps(
         self,
         start: Tensor,
-        proposals: Sequence[Tensor],
+        begins: Mapping[Span, Tensor],
+        beside: Tensor | None,
         emitted: Sequence[Tensor | None],
         posteriors: Sequence[Tensor],
         targets: Targets,
@@ -283,28 +311,50 @@ class Hbll(LocalCredit):
         """The objectives of the tree: the readout of ``z_0``, and those of the maps of all spans; see ``jump``."""
         terms = [self.classify(self.read_latent(0, start), targets)]
         for span in spans(self.regions):
-            terms += self.jump(span, start if span[0] == 0 else proposals[span[0]], emitted, posteriors, targets)
+            begin = start if span[0] == 0 else begins[span]
+            terms += self.jump(span, begin, beside, emitted, posteriors, targets)
         return terms
 
-    def propose(
-        self, at: Pass, start: Tensor, sweep: Callable[[list[Tensor]], list[Tensor]] | None = None
-    ) -> list[Tensor]:
-        """Proposals ``z_0 .. z_{K-1}``, from the input alone.
-
-        Args:
-            at: The call.
-            start: ``z_0``.
-            sweep: Runs regions ``0 .. K-2`` on proposals and gives what they emit; by default here, one by one.
-        """
+    def leap(self, start: Tensor, beside: Tensor | None = None) -> list[Tensor]:
+        """Latents at the boundaries 0 .. K-1 by the maps F alone, down the tree."""
         z: list[Tensor] = [start] * self.regions
         for level in self.tree[:-1]:
             for a, b in level:
                 if b - a > 1:
-                    z[middle((a, b))] = self.hop((a, middle((a, b))), z[a])
-        for _ in range(self._sweeps(at.bounded.training)):
-            # all from the sweep before: no region waits for another one
-            z = [start, *(sweep(z) if sweep else [self.emit(k, z[k], at) for k in range(self.regions - 1)])]
+                    z[middle((a, b))] = self.hop((a, middle((a, b))), z[a], beside)
         return z
+
+    def propose(
+        self,
+        at: Pass,
+        leapt: list[Tensor],
+        sweeps: int,
+        sweep: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    ) -> list[Tensor]:
+        """Proposals ``z_0 .. z_{K-1}``, from the input alone."""
+        z = leapt
+        for _ in range(sweeps):
+            # all from the sweep before: no region waits for another one
+            z = [z[0], *(sweep(z) if sweep else [self.emit(k, z[k], at) for k in range(self.regions - 1)])]
+        return z
+
+    def begin(
+        self, leapt: list[Tensor], proposals: list[Tensor], beside: Tensor | None, sweeps: int
+    ) -> dict[Span, Tensor]:
+        """What the map of every span is fed: what the spans of its level, taken one after another, come to there.
+
+        A span of one region, for which paths take the region itself, begins where the tree leaps to.
+        """
+        found = {(a, b): leapt[a] for a, b in spans(self.regions)}
+        for level in self.tree:
+            long = [(a, b) for a, b in level if b - a > 1]
+            ends = {b for _, b in long}
+            # a boundary that this level reaches by a region
+            z = {a: leapt[a] if a in ends or a == 0 else proposals[a] for a, _ in long}
+            for _ in range(min(sweeps, len(long) - 1)):
+                z |= {b: self.hop((a, b), z[a], beside) for a, b in long if b in z}
+            found |= {(a, b): z[a] for a, b in long}
+        return found
 
     def _sweeps(self, training: bool) -> int:
         if self.rule.sweeps == "random":
@@ -317,7 +367,7 @@ class Hbll(LocalCredit):
         assert after is not None
         return after
 
-    def posteriors(self, start: Tensor, targets: Targets) -> list[Tensor]:
+    def posteriors(self, start: Tensor, targets: Targets, beside: Tensor | None = None) -> list[Tensor]:
         """Latents at the boundaries 0 .. K, from both ends to the middle of every span; they hold the label."""
         code = self.label_latent(targets, start)
         m: list[Tensor] = [start] * self.regions + [code]
@@ -325,7 +375,7 @@ class Hbll(LocalCredit):
             for a, b in level:
                 if b - a > 1:
                     c = middle((a, b))
-                    there, back = self.hop((a, c), m[a]), self.feed_back((c, b), m[b])
+                    there, back = self.hop((a, c), m[a], beside), self.feed_back((c, b), m[b])
                     m[c], _ = fuse(there, self.precision((a, c), back=False), back, self.precision((c, b), back=True))
         return m
 
@@ -367,6 +417,7 @@ class Hbll(LocalCredit):
         self,
         span: Span,
         m: Tensor,
+        beside: Tensor | None,
         emitted: Sequence[Tensor | None],
         posteriors: Sequence[Tensor],
         targets: Targets,
@@ -376,12 +427,13 @@ class Hbll(LocalCredit):
         Args:
             span: (a, b).
             m: Where it starts; only ``z_0`` has a graph.
+            beside: What the maps read of the canvas.
             emitted: What the regions emitted, by boundary, without a graph.
             posteriors: By boundary, without a graph.
             targets: What is to be predicted.
         """
         a, b = span
-        there, end = self.hop(span, m), emitted[b]
+        there, end = self.hop(span, m, beside), emitted[b]
         assert end is not None
         terms = [_half_square(there, end).mean(), self.classify(self.read_latent(b, there), targets)]
         if self.rule.precisions == "learned":
@@ -408,21 +460,6 @@ class Hbll(LocalCredit):
         rows = _half_square(m, posterior).reshape(-1)
         counts = (targets.mass > 0).to(rows.dtype)
         return (rows * counts).sum() / counts.sum().clamp(min=1)
-
-
-def label_codes(draw: Draw, classes: int, r: int) -> Tensor:
-    """Fixed codes `[C, R]` of mean 0 and mean square 1: orthogonal where the width allows it, else random."""
-    numbers = draw.normal(max(classes, r), r)
-    numbers = numbers - numbers.mean(-1, keepdim=True)
-    if classes < r:
-        # r - 1 orthogonal directions have mean zero
-        basis, _ = torch.linalg.qr(numbers[: r - 1].T)
-        codes = basis.T[:classes] * math.sqrt(r)
-    else:
-        codes = numbers[:classes]
-        if r > 1:
-            codes = codes / codes.square().mean(-1, keepdim=True).sqrt()
-    return codes.to(device=draw.device, dtype=draw.dtype)
 
 
 def _half_square(a: Tensor, b: Tensor) -> Tensor:

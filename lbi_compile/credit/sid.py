@@ -47,9 +47,11 @@ class SID(Credit):
             ``y^alpha p_{i-1}^(1-alpha)`` and which needs label smoothing.
         readout: ``"private"`` (regions but the last read out by copies of the model's head), ``"shared"`` (all by the
             head itself) or ``"auto"``: shared from 256 classes on.
-        belief: How a belief enters a region: ``"projection"`` (a learned table per region), ``"embedding"`` (expected
-            embedding under the model's own table, then a learned map), ``"none"`` (not at all: a control), or
-            ``"auto"``: an embedding from 256 classes on.
+        belief: How a belief enters a region: ``"projection"`` (its probabilities by a learned table per region),
+            ``"embedding"`` (expected embedding under the model's own table, then a learned map), ``"none"`` (not at
+            all: a control), or ``"auto"``: an embedding from 256 classes on, else a projection.
+        update: What the readout of a region gives: ``"replace"`` (the logits of its belief) or ``"add"`` (what is added
+            to the logarithm of the belief before: beliefs are multiplied, so that what is known is never forgotten).
         schedule: ``"parallel"`` or ``"sequential"``; equal gradients, see above.
         refresh: With the shared readout, regions but the last read a snapshot of the head that they do not teach, taken
             anew every so many steps. ``None``: they read and teach the head itself.
@@ -69,6 +71,7 @@ class SID(Credit):
     kl: str = "forward"
     readout: str = "auto"
     belief: str = "auto"
+    update: str = "replace"
     schedule: str = "parallel"
     refresh: int | None = None
     weight: Tensor | Sequence[float] | None = None
@@ -80,6 +83,7 @@ class SID(Credit):
         one_of("kl", self.kl, "forward", "reverse")
         one_of("readout", self.readout, "auto", "shared", "private")
         one_of("belief", self.belief, "auto", "projection", "embedding", "none")
+        one_of("update", self.update, "replace", "add")
         one_of("schedule", self.schedule, "parallel", "sequential")
         alphas = [self.alpha] if isinstance(self.alpha, (int, float)) else list(self.alpha)
         if not alphas or not all(0 < alpha <= 1 for alpha in alphas):
@@ -119,7 +123,8 @@ class Descent(NamedTuple):
 class Sid(LocalCredit):
     """Beliefs between regions; made by ``SID.build``, kept as ``bounded.credit``.
 
-    ``m_k`` of region k is the belief that enters it, `[B, C]` or `[B, P, C]` (its logarithm for ``kl="reverse"``).
+    ``m_k`` of region k is the belief that enters it, `[B, C]` or `[B, P, C]`; its logarithm for
+    ``kl="reverse"`` and for ``update="add"``.
     """
 
     rule: SID
@@ -135,6 +140,7 @@ class Sid(LocalCredit):
         self.alphas = _alphas(rule.alpha, site.regions)
         kind = rule.belief if rule.belief != "auto" else "embedding" if many else "projection"
         self.belief, count = kind, site.regions - 1
+        self.logarithms = rule.kl == "reverse" or rule.update == "add"
         draw = site.draw()
         self.tables = nn.ParameterList()
         self.maps = nn.ModuleList()
@@ -174,7 +180,7 @@ class Sid(LocalCredit):
     def read(self, k: int, canvas: Tensor, m: Tensor | None, values: Mapping[str, Any]) -> Tensor:
         if m is None or self.belief == "none":
             return canvas if self.lane is None else canvas.new_zeros(canvas.shape[0], self.lane)
-        belief = m.exp() if self.rule.kl == "reverse" else m
+        belief = self.probabilities(m)
         if self.belief == "projection":
             entry = (belief - 1 / self.classes) @ self.tables[k - 1].to(belief.dtype)
         else:
@@ -193,10 +199,25 @@ class Sid(LocalCredit):
     def believe(self, logits: Tensor) -> Tensor:
         """The belief (or its logarithm) that logits stand for, at least in float32."""
         exact = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-        return exact.log_softmax(-1) if self.rule.kl == "reverse" else exact.softmax(-1)
+        return exact.log_softmax(-1) if self.logarithms else exact.softmax(-1)
 
-    def pass_on(self, k: int, after: Tensor | None, h: Tensor, at: Pass) -> Tensor:
-        return self.believe(self.logits(k, h, at))
+    def probabilities(self, belief: Tensor) -> Tensor:
+        """A belief as it crosses, as probabilities."""
+        return belief.exp() if self.logarithms else belief
+
+    def refined(self, logits: Tensor, belief: Tensor | None) -> Tensor:
+        """Logits of a region's belief from its readout and the belief that entered it, both `[..., C]`."""
+        return logits if belief is None or self.rule.update == "replace" else belief + logits.to(belief.dtype)
+
+    def pass_on(self, k: int, m: Tensor | None, after: Tensor | None, h: Tensor, at: Pass) -> Tensor:
+        return self.believe(self.refined(self.logits(k, h, at), m))
+
+    def conclude(self, at: Pass, m: Tensor | None) -> None:
+        if m is not None and self.rule.update == "add":
+            leaf = at.program.outputs[self.logits_at]
+            own = at.values[leaf.name]
+            logits = self.refined(self.fold_logits(own), m).to(own.dtype)
+            at.values[leaf.name] = self.unfold(logits, at.canvas.shape) if self.positions else logits
 
     def crossing(self, at: Pass) -> Tensor:
         canvas = self.fold(at.canvas)
@@ -244,10 +265,12 @@ class Sid(LocalCredit):
             The loss, and the folded logits.
         """
         _, h = at.region(k, belief)
-        logits = self.logits(k, h, at)
+        logits = self.refined(self.logits(k, h, at), belief)
         rows = logits.reshape(-1, self.classes)
-        prior = None if belief is None else belief.reshape(-1, self.classes)
-        divergence = reverse_divergence if self.rule.kl == "reverse" else forward_divergence
+        reverse = self.rule.kl == "reverse"
+        prior = belief if belief is None or reverse else self.probabilities(belief)
+        prior = None if prior is None else prior.reshape(-1, self.classes)
+        divergence = reverse_divergence if reverse else forward_divergence
         return targets.mean(divergence(rows, prior, targets, self.alphas[k])), logits
 
     def _meter(self, targets: Targets) -> _Meter | None:

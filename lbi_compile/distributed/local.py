@@ -111,10 +111,9 @@ class _Step:
 
     def hbll(self, credit: Hbll, target: Any) -> Tensor:
         targets = credit.read_targets(target, self.outside)
-        start = credit.start(self.outside)
+        start, beside = credit.start(self.outside), credit.beside(self.outside)
         with torch.no_grad(), uncached(), credit.kept_buffers(self.inside):
-            proposals = credit.propose(self.outside, start.detach(), self._sweep)
-            posteriors = credit.posteriors(start.detach(), targets)
+            proposals, begins, posteriors = credit.set_out(self.outside, start.detach(), beside, targets, self._sweep)
         terms, emitted = [], []
         for k in self.model.own:
             with self.call.region(k):
@@ -122,7 +121,7 @@ class _Step:
             terms.append(term)
             emitted.append(m.detach())
         every = self._gather(emitted)
-        jumps = credit.jumps(start, proposals, [None, *every], posteriors, targets)
+        jumps = credit.jumps(start, begins, beside, [None, *every], posteriors, targets)
         return self._sum(terms) + torch.stack(jumps).sum()
 
     def _sweep(self, z: list[Tensor]) -> list[Tensor]:
@@ -146,13 +145,14 @@ class _Step:
             with self.call.region(k):
                 after, h = self.inside.region(k, m)
                 if k < credit.regions - 1:
-                    m = credit.pass_on(k, after, h, self.inside)
+                    m = credit.pass_on(k, m, after, h, self.inside)
         if not ranks.last:
             assert m is not None
             self._pass_on(m)
         else:
             assert h is not None
             self.call.head(h)
+            credit.conclude(self.outside, m)
         names = [leaf.name for leaf in program.outputs if isinstance(leaf, OutputName)]
         values = self.call.values
         if ranks.size > 1:
