@@ -61,11 +61,11 @@ ARMS = {
     "alone": Arm("regions alone, no latent", "sid", {"belief": "none", "alpha": 1.0}, (_ADAM,), noisy=False),
     "blind": Arm("SID, belief multiplied, not read", "sid", {"update": "add", "belief": "none"}, (_ADAM,), noisy=False),
     "sid": Arm("SID", "sid", {}, (_ADAM, ("update", ("add", "replace")), ("alpha", (0.5, 0.25, 1.0)))),
-    # what hops read and how often proposals are swept is given: the full path alone would not tell the paths apart
+    # given, not chosen: what hops read and how latents are read tells the paths apart, not the full path
     "hbll": Arm(
         "HBLL",
         "hbll",
-        {"hops": "canvas", "sweeps": 3, "r": 32},
+        {"hops": "canvas", "readout": "shared", "sweeps": 3, "r": 32},
         (("learning_rate", (1e-2, 3e-3)), ("match", (0.3, 0.0))),
     ),
 }

@@ -84,7 +84,7 @@ def _paths(rows: Sequence[Row]) -> list[str]:
     lines = ["| path of HBLL | accuracy | FLOPs of one picture |", "|---|---|---|"]
     lines.append(f"| linear probe on the canvas | {mean([one['probe'] for one in found])} | |")
     for hops, flops in found[0]["flops"].items():
-        lines.append(f"| {hops} hops | {mean([one['paths'][hops] for one in found])} | {flops:,} |")
+        lines.append(f"| {hops} hop{'s' * (hops != '1')} | {mean([one['paths'][hops] for one in found])} | {flops:,} |")
     return [*lines, ""]
 
 

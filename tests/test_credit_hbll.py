@@ -323,6 +323,7 @@ def test_every_level_is_swept():
         {"tied": True},
         {"latent": "state"},
         {"hops": "canvas"},
+        {"readout": "shared"},
     ],
 )
 def test_every_parameter_gets_a_gradient(options):
