@@ -11,7 +11,7 @@ from .. import engines
 from ..bounded import BoundedModule
 from ..capture import as_inputs, bind
 from ..credit.base import LocalCredit
-from ..errors import DistributedError, MeshError, OptionError, PlanError
+from ..errors import DistributedError, MeshError, NotBuiltError, OptionError, PlanError
 from ..hooked_plan import is_hooked
 from ..interfaces import LanesInterface, TokenChunkedInterface
 from ..newton import SEQUENTIAL
@@ -63,6 +63,7 @@ def parallelize(
 
     Raises:
         MeshError: The mesh has other dimensions, or more ranks than there are regions.
+        NotBuiltError: The bounded model has no program yet.
         PlanError: Ranks have different plans; raised on every rank.
         DistributedError: The model cannot be spread.
         BatchCouplingError: ``engine="scan"``, and a region mixes samples.
@@ -86,6 +87,12 @@ def parallelize(
     if example_inputs is not None:
         _know(bounded, example_inputs)
     plan = bounded.plan
+    if not bounded._known:
+        raise NotBuiltError(
+            "a bounded model without a program: it was copied, moved or loaded, and not called since",
+            expected="a program for each mode and kind of input",
+            do="pass example_inputs, or call the bounded model once in each mode",
+        )
     _compare(ranks, plan.hash)
     if DP in names:
         _compare(Ranks(mesh.get_group(DP)), plan.hash)
