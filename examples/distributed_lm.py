@@ -1,8 +1,8 @@
 """Train a byte language model whose regions are spread over processes.
 
 ``torchrun --nproc-per-node 2 examples/distributed_lm.py`` trains on the source of Python's standard library, with Gloo
-on CPUs and NCCL on GPUs. ``--copies 2`` with four processes also averages over two copies of the model. With ``--folder``
-it writes checkpoints and goes on from the newest one, on however many processes; so does
+on CPUs and NCCL on GPUs. ``--copies 2`` with four processes also averages over two copies of the model. With
+``--folder`` it writes checkpoints and goes on from the newest one, on however many processes; so does
 ``torchrun --max-restarts 3 --nproc-per-node 2 examples/distributed_lm.py --folder run`` after a process was lost.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None, *, after_step: Callable[[int], 
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=given.timeout))
+    lbi_compile.distributed.start(timeout=given.timeout)
     kind = "cuda" if gpu else "cpu"
     shape = (given.copies, dist.get_world_size() // given.copies)
     mesh = init_device_mesh(kind, shape, mesh_dim_names=("dp", "region"))

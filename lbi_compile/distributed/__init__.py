@@ -11,6 +11,7 @@ from .clipping import clip_grad_norm_
 from .faults import watch
 from .module import RegionParallel
 from .spreading import parallelize
+from .starting import start
 from .traffic import Message, Traffic, traffic
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "load",
     "parallelize",
     "save",
+    "start",
     "traffic",
     "watch",
 ]
