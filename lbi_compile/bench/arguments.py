@@ -11,7 +11,7 @@ from lbi_compile import sources
 
 
 def add(command: argparse.ArgumentParser, *, positive: Callable[[str], int], override: Callable[[str], Any]) -> None:
-    """Add ``scan``, ``step`` and ``transform`` to the parser of ``bench``.
+    """Add ``scan``, ``step``, ``transform`` and ``parallel`` to the parser of ``bench``.
 
     Args:
         command: The parser.
@@ -70,6 +70,27 @@ def add(command: argparse.ArgumentParser, *, positive: Callable[[str], int], ove
             ("r", "R", "latent width"),
         ):
             option(parser, name, positive, None, meta, f"{text}; by default what the case is known for")
+
+    parallel = add_one("parallel", "training on several processes by every schedule, beside the planner's closed forms")
+    parallel.add_argument("case", choices=("lm", "classifier"), help="transformer to train")
+    option(parallel, "ranks", positive, 2, "N", "processes, of one thread each")
+    option(parallel, "batch", numbers, (1, 2, 8), "B,B", "samples")
+    option(parallel, "micro-batches", numbers, (1, 2, 4, 8), "M,M", "of pipelines")
+    option(parallel, "variants", lambda text: tuple(text.split(",")), None, "A,B", "only these: token,gpipe,...")
+    for name, default, meta, text in (
+        ("layers", 8, "L", "layers, a multiple of the regions"),
+        ("width", 256, "D", "width"),
+        ("length", 256, "T", "positions"),
+        ("regions", 8, "K", "regions"),
+        ("r", 16, "R", "latent width"),
+        ("rounds", 10, "N", "how often each schedule is timed"),
+    ):
+        option(parallel, name, positive, default, meta, text)
+    option(parallel, "readout", str, "auto", "NAME", "of pooled and chunked latents: last, sum or auto")
+    option(parallel, "reduce", str, "auto", "NAME", "what ranks add up: canvas, stem or auto")
+    option(parallel, "mbit", float, None, "X", "limit every rank's link to X Mb/s; needs root and iproute2")
+    option(parallel, "seed", int, 0, "N", "of all random numbers")
+    option(parallel, "json", Path, None, "OUT", "write the record, every round of it, to this file")
 
     for parser in (scan, step, transform):
         option(parser, "device", str, "cpu" if parser is transform else "auto", "NAME", "cpu, cuda or auto")

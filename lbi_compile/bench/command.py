@@ -37,9 +37,11 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     Raises:
         OptionError: An option does not exist or does not fit.
     """
-    plot.check(options.plot)
     if options.json is not None and not options.json.parent.is_dir():
         raise OptionError(f"--json {options.json}", expected="a file in a folder that exists", do="make the folder")
+    if options.bench == "parallel":
+        return _parallel(options, arguments)
+    plot.check(options.plot)
     device = _device(options.device)
     made: dict[str, Any] = {}
     settings: dict[str, Any] = {"device": str(device), "threads": options.threads, "seed": options.seed}
@@ -167,3 +169,30 @@ def _transform(options: argparse.Namespace) -> tuple[transform.Cost, ...]:
     here = {"dtype": torch.float32, "device": torch.device("cpu")}
     model, inputs = case.model(**here, seed=options.seed), case.inputs(**here)
     return transform.costs(model, inputs, regions=case.starts, r=case.r, interface=case.interface)
+
+
+def _parallel(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
+    from . import parallel, parallel_view, slowlink  # sympy and torch.distributed take a while to import
+
+    names = options.variants or [name for name in parallel.NAMES if name != parallel.OTHERS[options.case]]
+    sizes = parallel.sizes(options.case, **{name: getattr(options, name) for name in parallel.ASKED})
+    given = {"ranks": options.ranks, "batches": options.batch, "names": names, "rounds": options.rounds}
+    given |= {"micro_batches": options.micro_batches, "seed": options.seed, "reduce": options.reduce}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    if options.mbit is None:
+        meetings = parallel.run(sizes, **given)
+    else:
+        with slowlink.limited(options.ranks, options.mbit) as places:
+            meetings = parallel.run(sizes, **given, places=places)
+    record = parallel_view.Record(
+        shlex.join(["lbi-compile", *arguments]),
+        date,
+        environment.machine(torch.device("cpu")),
+        environment.versions(),
+        {**sizes._asdict(), **given, "mbit": options.mbit},
+        meetings,
+    )
+    show(parallel_view.RecordView(record))
+    if options.json is not None:
+        record.write(options.json)
+    return record.ok

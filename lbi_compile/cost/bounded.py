@@ -39,8 +39,10 @@ from .symbols import (
     o_c,
     o_i,
     p,
+    p_c,
     p_h,
     p_s,
+    p_v,
     r,
     rho,
     rounds,
@@ -221,10 +223,12 @@ def _sid() -> Form:
     as the model's.
     """
     belief = B * tau * C * e
+    # of the table, the stem's gradients have their part already
+    shared = sympy.Piecewise(((p_s + p_c) * e, p_s * e < f.canvas), (f.canvas + (p_c + p_v) * e, True))
     region = _region(f.part, 2 * D * C * tau) + f.head(f.part)
     learn = g * _q * M * region
     seconds = (
-        (1 + g) * f.stem(B) + _cascade(region, belief) + f.reduce(e) + learn + f.reduce(_canvas_back)
+        (1 + g) * f.stem(B) + _cascade(region, belief) + f.reduce(e) + learn + f.reduce(shared)
     )  # fmt: skip
     mean = _region(f.part, 2 * D * C * tau, mean=True) + f.head(f.part)
     return Form(
@@ -234,7 +238,7 @@ def _sid() -> Form:
         seconds=seconds,
         busy=(1 + g) * (f.stem(B) + M * K / n * mean),
         flops=(1 + g) * (_layer_flops + _interfaces(2 * D * C * tau) + n * B * f.w_s + K * B * w_h),
-        sent=(n - 1) * belief + f.reduce_sent(e) + f.reduce_sent(_canvas_back),
+        sent=(n - 1) * belief + f.reduce_sent(e) + f.reduce_sent(shared),
         memory=_weights + _kept + (_q - 1) * B * a_h,
         refuses=_micro_batched,
         source="this package, after Synergistic Information Distillation",

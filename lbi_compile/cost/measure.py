@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lbi_compile._torch import pytree
 from lbi_compile.auto import CELL_OPS, RATES
+from lbi_compile.credit.base import MANY_CLASSES
 from lbi_compile.plan import Plan
 
 from .symbols import Workload, bits
@@ -227,6 +228,8 @@ def workload(
     samples = next((shape[0] for _, shape in plan.inputs if shape), 1)
     in_regions = sum(region.part.parameters for region in plan.regions)
     largest = max(region.part.flops for region in plan.regions) * K / flops if flops else 1.0
+    head = max(0, parameters - in_regions - plan.stem.parameters)
+    many = sizes["C"] >= MANY_CLASSES  # then SID's regions share a readout
     found: dict[str, float] = {
         **sizes,
         "K": K,
@@ -238,7 +241,9 @@ def workload(
         "w_h": plan.head.flops / samples,
         "p": in_regions / L,
         "p_s": plan.stem.parameters,
-        "p_h": max(0, parameters - in_regions - plan.stem.parameters),
+        "p_h": head,
+        "p_c": plan.head.parameters if many else 0,
+        "p_v": sizes["C"] * sizes["D"] if many else 0,
         "u": max(1.0, largest),
         "gamma": _GATES[plan.cell],
         "rho": 1.0 if plan.readout == "sum" else 0.0,

@@ -90,10 +90,15 @@ class Regions:
         work = self.work
         return work.B * work.T * work.D * work.e
 
-    def end(self, after: Sequence[int]) -> Graph:
-        """What regions say about the canvas, and the stem's backward."""
+    def end(self, after: Sequence[int], *, shared: bool = False) -> Graph:
+        """What regions say about the canvas, and the stem's backward; with what SID's regions share where asked for."""
         work = self.work
-        reduced = self.graph.all_reduce(min(self.canvas, work.p_s * work.e), after)
+        size, stem = self.canvas, work.p_s * work.e
+        if stem < size:
+            size = stem + shared * work.p_c * work.e
+        else:
+            size += shared * (work.p_c + work.p_v) * work.e
+        reduced = self.graph.all_reduce(size, after)
         self.everywhere(work.g * work.stem(work.B), reduced)
         return self.graph
 
@@ -157,7 +162,7 @@ def sid(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Gr
     for p in range(work.n):
         seconds = work.g * work.M * regions.device(p, work.B / work.M)
         learned.append(regions.graph.compute(p, seconds, after=[summed[p]]))
-    return regions.end(learned)
+    return regions.end(learned, shared=True)
 
 
 def hbll(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Graph:

@@ -29,6 +29,7 @@ w, w_s, w_h = _positive("w"), _positive("w_s"), _positive("w_h")
 o, o_s, o_h, o_i, o_c = map(_positive, ("o", "o_s", "o_h", "o_i", "o_c"))
 g, x, u = _positive("g"), _positive("x"), _positive("u")
 p, p_s, p_h = _positive("p"), _positive("p_s"), _positive("p_h")
+p_c, p_v = _positive("p_c"), _positive("p_v")
 a, a_h = _positive("a"), _positive("a_h")
 e, z, gamma, rho, J = map(_positive, ("e", "z", "gamma", "rho", "J"))
 C, tau = _count("C"), _count("tau")
@@ -58,6 +59,8 @@ MEANING: Mapping[Symbol, str] = {
     p: "parameters of a layer",
     p_s: "parameters of the stem",
     p_h: "parameters of the head",
+    p_c: "of them, those that all regions read out by under SID (0 where each has its own)",
+    p_v: "parameters of the stem's table that beliefs enter by under SID (0 where each region has its own)",
     a: "bytes a layer keeps for its backward, for a sample",
     a_h: "bytes stem and head keep for their backward, for a sample",
     e: "bytes of a number",
@@ -75,8 +78,8 @@ class Workload:
     """One training step of a model: a number for every letter but those of the link.
 
     Attributes:
-        K, r, B, T, D, L, n, M, s, w, w_s, w_h, o, o_s, o_h, o_i, o_c, g, x, u, p, p_s, p_h, a, a_h, e, z, C, tau,
-            gamma, rho, J: See :data:`MEANING`.
+        K, r, B, T, D, L, n, M, s, w, w_s, w_h, o, o_s, o_h, o_i, o_c, g, x, u, p, p_s, p_h, p_c, p_v, a, a_h, e, z,
+            C, tau, gamma, rho, J: See :data:`MEANING`.
 
     Example:
         >>> work = transformer(D=256, L=8, T=256, B=4, vocabulary=256, n=2)
@@ -107,6 +110,8 @@ class Workload:
     u: float = 1.0
     p_s: float = 0.0
     p_h: float = 0.0
+    p_c: float = 0.0
+    p_v: float = 0.0
     a: float = 0.0
     a_h: float = 0.0
     e: int = 4

@@ -1,0 +1,108 @@
+"""The record of ``bench parallel``, as JSON and as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from lbi_compile.render.text import facts, seconds, size, times
+
+from .parallel import Line, Meeting
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One run.
+
+    Attributes:
+        command: What was typed.
+        date: When, in UTC.
+        machine: Processor, cores, memory.
+        versions: Of torch and others.
+        settings: Sizes, ranks, rounds.
+        meetings: One for each batch.
+    """
+
+    command: str
+    date: str
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str | None]
+    settings: Mapping[str, Any]
+    meetings: tuple[Meeting, ...]
+
+    @property
+    def ok(self) -> bool:
+        """All gradients were right."""
+        return all(meeting.ok for meeting in self.meetings)
+
+    def write(self, path: Path) -> None:
+        """Write all of it as JSON, each number of each round too."""
+        record = {"bench": "parallel", "ok": self.ok, **dataclasses.asdict(self)}
+        path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+class RecordView:
+    """A record as something rich can print, readable at 80 columns."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        record, settings = self.record, self.record.settings
+        yield Text.assemble(("bench parallel: ", "bold"), ("ok", "green") if record.ok else ("FAILED", "red"))
+        sizes = ", ".join(f"{name} {settings[name]}" for name in ("kind", "layers", "width", "length", "regions", "r"))
+        yield facts(
+            [
+                ("machine", f"{record.machine['processor']}, {record.machine['cores']} cores"),
+                ("model", sizes),
+                (
+                    "run",
+                    f"{settings['ranks']} ranks of one thread, {settings['rounds']} rounds" + _limit(settings),
+                ),
+                ("ratios", "one process over ranks, same model, within each round: median, below it least-largest"),
+                ("form", "the same ratio by closed forms, of parts and link as measured in this run"),
+                ("sent", "bytes handed to process groups in a step, as rings send them; != where the form differs"),
+            ]
+        )
+        for meeting in record.meetings:
+            link = meeting.link
+            yield Text(f"\n{meeting.samples} samples", style="bold")
+            yield Text(f"  link as measured: {size(link.bandwidth)}/s, {seconds(link.latency)} a message", style="dim")
+            yield _table(meeting)
+
+
+def _limit(settings: Mapping[str, Any]) -> str:
+    return "" if settings["mbit"] is None else f", links limited to {settings['mbit']:g} Mb/s"
+
+
+def _table(meeting: Meeting) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+    heads = ("  schedule", "error", "step", "ratio", "form", "off", "sent")
+    for i, _ in enumerate(heads):
+        table.add_column(justify="right" if i else "left", no_wrap=True)
+    table.add_row(*(Text(head, style="dim") for head in heads))
+    for line in meeting.lines:
+        error = Text(f"{line.error:.0e}", style="" if line.ok else "red")
+        took = Text("wrong" if line.seconds is None else seconds(line.seconds.median))
+        table.add_row(f"  {line.name}", error, took, *_compared(line))
+    return table
+
+
+def _compared(line: Line) -> tuple[Text, ...]:
+    if not line.baseline:
+        return ()
+    differs = abs(line.sent - line.form_sent) > 0.5
+    sent = Text(size(line.sent) + (f" != {size(line.form_sent)}" if differs else ""))
+    if line.ratio is None or line.predicted is None:
+        return Text(""), Text(""), Text(""), sent
+    spread = Text.assemble(times(line.ratio.median), (f"\n{times(line.ratio.min)}-{times(line.ratio.max)}", "dim"))
+    off = f"{line.predicted / line.ratio.median - 1:+.0%}"
+    return spread, Text(times(line.predicted)), Text(off), sent

@@ -1,0 +1,171 @@
+"""One rank of ``bench parallel``: ``python -m lbi_compile.bench.worker SETTINGS.json OUT.json`` under torchrun's names.
+
+It makes contestants, checks their gradients, lets them take turns with all other ranks, and writes what it measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from lbi_compile.cost import measure
+from lbi_compile.simulate import Link
+
+from .check import judge
+from .contestants import Arena, Contestant
+from .stacks import Sizes
+
+# Bytes of the messages a link is measured by.
+SMALL, LARGE = 4, 2**20
+_TIMES = 15
+
+
+def main(settings: dict[str, Any]) -> dict[str, Any]:
+    """Run all batches; gives a record of this rank.
+
+    Args:
+        settings: ``sizes`` (fields of ``Sizes``), ``batches``, ``names``, ``micro_batches``, ``rounds``, ``seed``,
+            ``reduce``, ``timeout`` in seconds.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=settings["timeout"]))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("region",))
+    sizes = Sizes(**settings["sizes"])
+    cells = [_cell(sizes, samples, mesh, settings) for samples in settings["batches"]]
+    dist.barrier()
+    dist.destroy_process_group()
+    return {"cells": cells}
+
+
+def _cell(sizes: Sizes, samples: int, mesh: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    arena = Arena(sizes, samples, mesh, settings["seed"])
+    contestants, models = _contestants(arena, settings)
+    errors = {one.name: _error(one) for one in contestants}
+    sent = {one.name: _all(one.sent) if not one.alone else 0.0 for one in contestants}
+    link, timings = _link(), {name: _timings(arena, model) for name, model in models.items()}
+    draw, order = random.Random(settings["seed"]), list(contestants)
+    seconds: dict[str, list[float]] = {one.name: [] for one in contestants}
+    for _ in range(settings["rounds"]):
+        draw.shuffle(order)
+        for one in order:
+            seconds[one.name].append(_time(one))
+    after = {one.name: _error(one) for one in contestants}
+    worst = {name: max(errors[name], after[name]) for name in errors}
+    return {
+        "samples": samples,
+        "link": link._asdict(),
+        "contestants": [
+            {
+                "name": one.name,
+                "form": one.form,
+                "baseline": one.baseline,
+                "micro_batches": one.micro_batches,
+                "error": worst[one.name],
+                "sent": sent[one.name],
+                "seconds": seconds[one.name],
+            }
+            for one in contestants
+        ],
+        "workloads": {name: made for name, made in timings.items() if made is not None},
+    }
+
+
+def _contestants(arena: Arena, settings: dict[str, Any]) -> tuple[list[Contestant], dict[str, Any]]:
+    names: Sequence[str] = settings["names"]
+    found: list[Contestant | None] = [arena.one_dense()]
+    models = {}
+    for name in ("token", "pooled", "chunked", "sid"):
+        if name in names:
+            bounded = models[name] = arena.bounded(name)
+            found += [arena.one_bounded(name, bounded), arena.spread(name, bounded, reduce=settings["reduce"])]
+    if "ddp" in names:
+        found.append(arena.replicas())
+    for kind in ("gpipe", "1f1b"):
+        if kind in names:
+            found += [arena.pipeline(kind, M) for M in settings["micro_batches"] if arena.samples >= M]
+    return [one for one in found if one is not None], models
+
+
+def _error(one: Contestant) -> float:
+    """Largest relative error of a gradient on any rank."""
+    dist.barrier()
+    if not one.alone or dist.get_rank() == 0:
+        one.step()
+    check = judge(one.gradients(), one.expected, dtype=torch.float32, oracle="one process")
+    skip = one.alone and dist.get_rank() > 0
+    return max(_everywhere(0.0 if skip else check.error))
+
+
+def _all(count: Any) -> float:
+    """A sum over ranks."""
+    dist.barrier()
+    return sum(_everywhere(count()))
+
+
+def _everywhere(value: float) -> list[float]:
+    found = [0.0] * dist.get_world_size()
+    dist.all_gather_object(found, float(value))
+    return found
+
+
+def _time(one: Contestant) -> float:
+    """Seconds from when all ranks are there to when the last one is through."""
+    dist.barrier()
+    start = time.perf_counter()
+    if not one.alone or dist.get_rank() == 0:
+        one.step()
+    return max(_everywhere(time.perf_counter() - start))
+
+
+def _link() -> Link:
+    """Latency and bandwidth by which an all-reduce of this group takes what its closed form says."""
+    n = dist.get_world_size()
+    took = {}
+    for size in (SMALL, LARGE):
+        value, times = torch.zeros(size // 4), []
+        for _ in range(_TIMES + 1):
+            dist.barrier()
+            start = time.perf_counter()
+            dist.all_reduce(value)
+            times.append(time.perf_counter() - start)
+        # the least: whatever else the machine does only adds to it
+        took[size] = max(_everywhere(min(times[1:])))
+    rounds = 2 * (n - 1).bit_length()
+    moved = max(took[LARGE] - took[SMALL], 1e-9)
+    return Link(2 * (n - 1) / n * (LARGE - SMALL) / moved, took[SMALL] / rounds)
+
+
+def _timings(arena: Arena, bounded: Any) -> dict[str, Any] | None:
+    """Numbers of the closed forms, measured on the first rank while the others wait."""
+    made = None
+    if arena.rank == 0:
+        program = bounded.programs[-1]
+        found = []
+        for samples in (arena.samples, 2 * arena.samples):
+            x, _ = arena.sizes.batch(samples, arena.seed + 1)
+            found.append(measure.measure(bounded, program, [x]))
+        letters = measure.sizes(bounded, program, [arena.x])
+        count = sum(p.numel() for p in arena.dense.parameters())
+        work = measure.workload(
+            bounded.plan, letters, devices=arena.world, parameters=count, timings=found
+        )  # fmt: skip
+        made = {name: getattr(work, name) for name in work.__dataclass_fields__}
+    dist.barrier()
+    return made
+
+
+if __name__ == "__main__":
+    record = main(json.loads(Path(sys.argv[1]).read_text()))
+    if os.environ["RANK"] == "0":
+        Path(sys.argv[2]).write_text(json.dumps(record))
