@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,13 +21,13 @@ from .passes.costs import Costs, costs
 from .passes.evaluate import Evaluator
 from .passes.lanes import Cut, cut, main_path, shared_sources
 from .passes.layouts import Layout, layout
-from .passes.liveness import LIVE, NUMBER, Liveness, is_float_tensor, liveness
+from .passes.liveness import NUMBER, Liveness, is_float_tensor, liveness
 from .passes.partition import Partition, partition
 from .passes.positions import Outputs, later_inputs, outputs_along
-from .passes.repeats import form_of_nodes
 from .passes.separators import Separator, separators
 from .passes.validate import NOT_LATER, has_identity_path, settle_interface, settle_lanes, settle_readout
 from .plan import Decision, Lane, Part, PassRecord, Plan
+from .steps import Steps, folded_rank, measurable
 from .summary import capture_why, parts, write_plan
 
 _T = TypeVar("_T")
@@ -102,7 +101,7 @@ class Analysis:
         return verdict
 
     def _coupling(self, inside: Sequence[fx.Node], source: fx.Node, sink: fx.Node) -> axes.Verdict:
-        fn = _measurable(self.evaluator, source, sink, inside)
+        fn = measurable(self.evaluator, source, sink, inside)
         return axes.batch_coupling(
             _with_numbers(self.live, inside, source, sink),
             source=source,
@@ -172,7 +171,7 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
     points = clock.run("separators", lambda: separators(live, main=main), lambda x: f"{len(x)} one-lane separators")
     naming = Naming(gm, capture)
     evaluator = Evaluator(gm, live, leaves, keep=[point.node for point in points])
-    steps = _Steps(live, cost, evaluator, batch_symbol(gm))
+    steps = Steps(live, cost, evaluator, batch_symbol(gm))
     found = clock.run(
         "partition",
         lambda: _cut(live, points, options, cost, steps, naming, main),
@@ -199,7 +198,7 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
             options.interface,
             options.cell,
             regions=len(made_cut.ends),
-            rank=_folded_rank(made_cut.canvas),
+            rank=folded_rank(made_cut.canvas),
             positions=_of_canvas(outputs) is not None,
             causal=causal,
             residual=all(residual),
@@ -306,7 +305,7 @@ def _cut(
     points: Sequence[Separator],
     options: Options,
     cost: Costs,
-    steps: _Steps,
+    steps: Steps,
     naming: Naming,
     main: frozenset[fx.Node],
 ) -> Partition:
@@ -334,70 +333,6 @@ def _cut(
     )
 
 
-class _Steps:
-    """Answers, once each, whether the graph between two neighbouring separators is position-wise."""
-
-    def __init__(self, live: Liveness, cost: Costs, evaluator: Evaluator, batch: str | None) -> None:
-        self.live, self.cost, self.evaluator, self.batch = live, cost, evaluator, batch
-        self._position = {node: i for i, node in enumerate(live.live)}
-        order = {node: i for i, node in enumerate(evaluator.gm.graph.nodes)}
-        self._order, self._inner = order, [node for node in order if live.kind.get(node) in (LIVE, NUMBER)]
-        self._known: dict[tuple[fx.Node, fx.Node], bool] = {}
-        self._mixing: set[Hashable] = set()
-
-    def position_wise(self, source: fx.Node, sink: fx.Node) -> bool:
-        key = (source, sink)
-        if key not in self._known:
-            self._known[key] = _folded_rank(source) == 3 and _folded_rank(sink) == 3 and self._classify(source, sink)
-        return self._known[key]
-
-    def _classify(self, source: fx.Node, sink: fx.Node) -> bool:
-        """Position-wise along every position axis."""
-        before, after = layout(source, batch=self.batch), layout(sink, batch=self.batch)
-        if len(before.positions) != len(after.positions):
-            return False
-        nodes = self._between(source, sink)
-        # layers wired like one that mixes count as mixing too: with other weights they might not, but unsure is coupled
-        form = before, after, form_of_nodes(nodes, source=source, shapes=self.cost.shape)
-        if form in self._mixing:
-            return False
-        fn = _measurable(self.evaluator, source, sink)
-        found = all(
-            axes.classify(
-                nodes,
-                source=source,
-                sink=sink,
-                axis_in=axis_in,
-                axis_out=axis_out,
-                shapes=self.cost.shape,
-                fn=fn,
-                example=self.evaluator.values[source] if fn else None,
-                kinds=("position-wise",),
-            ).kind
-            == "position-wise"
-            for axis_in, axis_out in zip(before.positions, after.positions, strict=True)
-        )
-        if not found:
-            self._mixing.add(form)
-        return found
-
-    def _between(self, source: fx.Node, sink: fx.Node) -> list[fx.Node]:
-        """Live nodes after ``source`` up to ``sink`` in program order, with the sizes they use."""
-        first, last = (bisect_right(self._inner, self._order[n], key=self._order.__getitem__) for n in (source, sink))
-        return self._inner[first:last]
-
-    def finish(self, start: fx.Node, end: fx.Node, points: Sequence[Separator]) -> fx.Node:
-        """The first separator of the region after which all is position-wise; ``end`` where the last op mixes."""
-        position = self._position
-        inside = [p.node for p in points if position.get(start, -1) < p.position < position[end]]
-        found = end
-        for before in [*reversed(inside), start]:
-            if not self.position_wise(before, found):
-                break
-            found = before
-        return found
-
-
 def _with_numbers(live: Liveness, inside: Sequence[fx.Node], source: fx.Node, sink: fx.Node) -> list[fx.Node]:
     """Nodes of a region with the sizes they use, in program order."""
     kept = set(inside)
@@ -407,18 +342,6 @@ def _with_numbers(live: Liveness, inside: Sequence[fx.Node], source: fx.Node, si
 def _batch_dims(source: Layout, sink: Layout) -> dict[str, int]:
     """Arguments for ``batch_coupling`` where samples are not counted by dim 0."""
     return {} if source.batch == sink.batch == 0 else {"axis_in": source.batch, "axis_out": sink.batch}
-
-
-def _measurable(
-    evaluator: Evaluator, source: fx.Node, sink: fx.Node, inside: Sequence[fx.Node] | None = None
-) -> Callable[[Tensor], Tensor] | None:
-    """The graph between two nodes as a function; ``None`` for a model without numbers (meta or fake)."""
-    return evaluator.function(source, sink, inside) if evaluator.has_numbers else None
-
-
-def _folded_rank(node: fx.Node) -> int:
-    """2 for a value without positions, 3 for one with."""
-    return min(node.meta["val"].dim(), 3)
 
 
 def _length(found: Cut, cost: Costs, outputs: Sequence[Outputs], lanes: Sequence[Lane]) -> int:
