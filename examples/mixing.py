@@ -59,7 +59,7 @@ def study_of(task: str, options: argparse.Namespace, rows: Rows, *, say: Any) ->
         r=options.r,
     )
     validation = source.held_out()
-    budget = {"size": options.size, "steps": options.steps, "batch": options.batch, "r": options.r}
+    budget = {name: getattr(options, name) for name in ("size", "steps", "batch", "judged", "r")}
     return Study(
         {"task": task, "architecture": options.architecture, **budget, **dataclasses.asdict(source)},
         common,
