@@ -83,7 +83,7 @@ def run(
 def each(function: Callable[[Any], Any], m: Any) -> Any:
     """``function`` of a latent that enters a region; of both where two do."""
     if isinstance(m, Latents):
-        return Latents(*(part if part is None else function(part) for part in m))
+        return Latents(None if m.token is None else function(m.token), function(m.chunk))
     return function(m)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -114,7 +114,7 @@ def build_interface(
     draw = Draw(seed, like=canvas, scale=canvas_scale(canvas) if scale is None else scale)
     if kind == "pooled":
         return PooledInterface(draw, regions=regions, width=width, r=r)
-    chunking = {}
+    chunking: dict[str, Any] = {}
     if kind in ("chunked", "token+chunked"):
         count = chunk_count(r, chunks)
         length = tokens_per_chunk(canvas.shape[1], r, count) if chunk is None else chunk
