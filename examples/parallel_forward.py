@@ -14,7 +14,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -24,16 +23,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from command import Say, add_sizes, at_least_one, parser_of, study
 from data import ByteTokens, Windows, corpus, library
 from digits import CLASSES, Split, TurnedDigits
 from models import build, preset
 from models.residual import ResidualMLP
 from result_rows import Rows
-from rich.console import Console
 from torch import Tensor, nn
 
 import lbi_compile
-from lbi_compile.errors import LBIError, OptionError
+from lbi_compile.errors import OptionError
 from lbi_compile.forward_check import solved_to
 
 HOME = Path(__file__).parent / "results" / "parallel_forward"
@@ -178,6 +177,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     named = {tuple(row["what"][name] for name in ("task", "regions", "forward", "seed")): row for row in rows}
     for task, regions in dict.fromkeys(key[:2] for key in named):
         seeds = sorted({key[3] for key in named if key[:2] == (task, regions)})
+        seeds = [seed for seed in seeds if all((task, regions, forward, seed) in named for forward in FORWARDS)]
+        if not seeds:
+            continue
         one, other = ([named[task, regions, forward, seed] for seed in seeds] for forward in FORWARDS)
         warmup = one[0]["what"]["warmup"]
         counts = [count for row in other for count in row["found"]["iterations"][warmup:]]
@@ -212,56 +214,38 @@ def _apart(a: Sequence[float], b: Sequence[float]) -> float:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    made = parser_of(__doc__, home=HOME)
     made.add_argument("--tasks", nargs="+", choices=("digits", "bytes"), default=["digits", "bytes"])
     made.add_argument("--regions", type=int, nargs="+", default=[16, 64], metavar="K", help="default 16 and 64")
-    made.add_argument("--steps", type=int, default=100, metavar="N", help="of a run (%(default)s)")
-    made.add_argument("--warmup", type=int, default=30, metavar="N", help="steps not counted (%(default)s)")
     made.add_argument("--seeds", type=int, default=2, metavar="N", help="runs of each (%(default)s)")
-    made.add_argument("--width", type=int, default=32, metavar="D", help="of the model (%(default)s)")
-    made.add_argument("--r", type=int, default=16, metavar="R", help="of the latent (%(default)s)")
-    made.add_argument("--batch", type=int, default=32, metavar="B", help="samples in a step; an eighth of bytes")
+    made.add_argument("--warmup", type=int, default=30, metavar="N", help="steps not counted (%(default)s)")
     made.add_argument("--tol", type=float, default=1e-4, metavar="X", help="residual (%(default)s)")
-    made.add_argument("--out", type=Path, default=HOME, help="folder of rows and table")
+    add_sizes(made, argparse.Namespace(steps=80, width=32, r=16, batch=32), ("steps", "width", "r", "batch"))
     return made
+
+
+def body(options: argparse.Namespace, rows: Rows, say: Say) -> str:
+    """Make the runs that the options describe; gives the table of all runs of these sizes."""
+    at_least_one(options.seeds, options.steps, options.width, options.r, *options.regions, options.batch // 8)
+    if not 0 <= options.warmup < options.steps:
+        raise OptionError(f"warmup {options.warmup}", expected="fewer than --steps", do="pass a smaller number")
+    shared = {name: getattr(options, name) for name in ("steps", "warmup", "width", "r", "tol")}
+    # a sample of text is a sequence, with a loss at every position
+    batches = {"digits": options.batch, "bytes": options.batch // 8}
+    for task, regions, seed, forward in itertools.product(
+        options.tasks, options.regions, range(options.seeds), FORWARDS
+    ):
+        setting = Setting(task=task, regions=regions, forward=forward, seed=seed, batch=batches[task], **shared)
+        found = rows.measured(dataclasses.asdict(setting), functools.partial(run, setting))
+        told = f", iterations {found['iterations'][-1]}" if "iterations" in found else ""
+        say(f"{task}, K={regions}, seed {seed}, {forward}: loss {found['losses'][-1]:.3f}{told}")
+    wanted = [{**shared, "task": task, "batch": batch} for task, batch in batches.items()]
+    return table([row for row in rows.all() if any(one.items() <= row["what"].items() for one in wanted)])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(given)
-    say = Console(highlight=False, soft_wrap=True).print
-    try:
-        if min(options.seeds, options.steps, options.width, options.r, *options.regions) < 1 or options.batch < 8:
-            raise OptionError("a number that is too small", expected="1 or more, batch 8", do="pass larger numbers")
-        if not 0 <= options.warmup < options.steps:
-            raise OptionError(f"warmup {options.warmup}", expected="fewer than --steps", do="pass a smaller number")
-        rows = Rows(options.out / "rows.jsonl", command=shlex.join(["python", "examples/parallel_forward.py", *given]))
-        for task, regions, seed, forward in itertools.product(
-            options.tasks, options.regions, range(options.seeds), FORWARDS
-        ):
-            setting = Setting(
-                task=task,
-                regions=regions,
-                forward=forward,
-                steps=options.steps,
-                warmup=options.warmup,
-                seed=seed,
-                width=options.width,
-                r=options.r,
-                batch=options.batch if task == "digits" else options.batch // 8,
-                tol=options.tol,
-            )
-            found = rows.measured(dataclasses.asdict(setting), functools.partial(run, setting))
-            told = f", iterations {found['iterations'][-1]}" if "iterations" in found else ""
-            say(f"{task}, K={regions}, seed {seed}, {forward}: loss {found['losses'][-1]:.3f}{told}")
-        text = table(rows.asked())
-        (options.out / "table.md").write_text(text)
-        say(text)
-    except LBIError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return study("parallel_forward", parser(), arguments, body)
 
 
 if __name__ == "__main__":
