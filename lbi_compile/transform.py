@@ -399,6 +399,7 @@ def _interface(bounded: BoundedModule, analysis: Analysis, program: Program) -> 
         chunk=made.chunk,
         own_finish=[region.own_finish for region in made.regions],
         widths=[_width(analysis, finish) or folded.shape[-1] for finish in analysis.finishes],
+        scale=1.0 if canvas.is_meta else None,  # numbers on the meta device are none: they are to be loaded
         seed=options.seed,
     )
     if layout is not None:
@@ -431,6 +432,8 @@ def _coupling(analysis: Analysis, interface: Interface) -> BatchCouplingError | 
 def _measure_leak(bounded: BoundedModule, analysis: Analysis, program: Program) -> None:
     if bounded._options.allow_leak or len(analysis.ends) == 1:
         return
+    if isinstance(bounded._options.regions, Plan) and any(p.is_meta for p in bounded.source.parameters()):
+        return  # nothing can be measured without numbers; it was when the plan was made
     model = analysis.dependence()
     if model is not None:
         leaves = analysis.capture.inputs.leaves

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lbi_compile import BoundedModule, CheckpointError, transform
+from lbi_compile import BoundedModule, CheckpointError, OptionError, transform
 from lbi_compile.distributed import load, parallelize, save
 from tests import ranks
 from tests.distributed_models import bound, model
+from tests.models import CausalTransformer
 
 SHAPES = (("interface", "token"),)
 
@@ -106,6 +107,38 @@ def test_the_bounded_model_reads_it_in_one_process(written: tuple[Path, dict[str
     assert restored.step == 3
     assert found.keys() == expected.keys()
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def test_a_model_on_the_meta_device_holds_its_part_only(written: tuple[Path, dict[str, Tensor]]):
+    folder, expected = written
+    plan = _bounded().plan
+    with torch.device("meta"):
+        real = CausalTransformer(vocabulary=11, length=12, width=8, depth=5, heads=2, dropout=0.1).double()
+
+    def work(rank: int) -> tuple[dict[str, Tensor], Tensor]:
+        x = torch.zeros(4, 9, dtype=torch.long, device="meta")
+        bounded = transform(real, x, regions=plan, r=4)
+        assert bounded.plan.hash == plan.hash
+        with pytest.raises(OptionError, match="meta"):
+            parallelize(bounded, ranks.mesh(2), example_inputs=x)
+        parallel = parallelize(bounded, ranks.mesh(2), example_inputs=x, device="cpu")
+        load(folder, parallel)
+        everywhere = dict(parallel.named_parameters(remove_duplicate=False))
+        assert [name for name, p in everywhere.items() if p is everywhere["head.weight"] and name != "head.weight"]
+        found = {name: p.detach().clone() for name, p in parallel.named_parameters()}
+        return found, parallel.eval()(_tokens()).detach()
+
+    found = ranks.run(2, work)
+    names = {name for name in expected if " " not in name} - {"random"}
+    assert set().union(*(one for one, _ in found)) == names
+    assert [n for one, _ in found for n in one if not torch.equal(one[n], expected[n])] == []
+    whole = transform(copy.deepcopy(model("transformer", dropout=0.1)[0]), _tokens(), regions=plan, r=4)
+    load(folder, whole)
+    assert all(float((out - whole.eval()(_tokens())).abs().max()) < 1e-13 for _, out in found)
+
+
+def _tokens() -> Tensor:
+    return torch.randint(0, 11, (4, 9), generator=torch.Generator().manual_seed(4))
 
 
 def test_a_resumed_run_ends_bit_for_bit_where_the_whole_one_ends(tmp_path: Path):

@@ -109,8 +109,8 @@ def load(
 
     Args:
         folder: Where checkpoints are.
-        module: As for ``save``; parameters on the meta device get memory on the CPU first (then build the optimizer
-            after a first call, and give it to a second).
+        module: As for ``save``. Parameters on the meta device get memory first; make the optimizer after that, and load
+            once more with it.
         optimizer: Its optimizer.
         step: Which checkpoint; by default the newest whole one.
 
@@ -135,8 +135,9 @@ def load(
             expected=f"a checkpoint of the plan {own}",
             do="transform with the plan the checkpoint was written for (regions=Plan.from_json(...))",
         )
-    if any(p.is_meta for p in module.parameters()):
-        module.to_empty(device="cpu")
+    inner = _inner(module)
+    if isinstance(inner, RegionParallel) and any(p.is_meta for p in inner.parameters()):
+        inner.materialize()
     model_state, optimizer_state = _state(module, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state} if optimizer is not None else {"model": model_state}
     with warnings.catch_warnings():

@@ -49,7 +49,14 @@ class RegionParallel(nn.Module):
     """
 
     def __init__(
-        self, bounded: BoundedModule, mesh: Any, ranks: Ranks, placement: Placement, engine: engines.Engine, reduce: str
+        self,
+        bounded: BoundedModule,
+        mesh: Any,
+        ranks: Ranks,
+        placement: Placement,
+        engine: engines.Engine,
+        reduce: str,
+        device: torch.device | None,
     ) -> None:
         super().__init__()
         self.plan: Plan = bounded.plan
@@ -61,11 +68,11 @@ class RegionParallel(nn.Module):
         # the very dictionaries of the tree, from which the program reads: moves and wrappers change both
         self._parameters, self._buffers, self._modules = tree.root._parameters, tree.root._buffers, tree.root._modules
         self._non_persistent_buffers_set = tree.root._non_persistent_buffers_set
-        self._tree = (tree,)
+        self._tree, self._device = (tree,), device
         self.regions = tuple(Region(k, tree.interface) for k in range(len(self.plan.regions)))
         self._known: dict[Any, tuple[Program, ShapeCheck]] = {}
         for (key, _), (program, check) in bounded._known.items():
-            self._known[key] = tree.rebind(program), check
+            self._known[key] = tree.rebind(program, device), check
         self.cheaper: dict[Any, str] = {}
         self.steps = 0
         if self.credit is not None:
@@ -92,6 +99,11 @@ class RegionParallel(nn.Module):
     def parameters_of(self, names: Iterable[str]) -> list[nn.Parameter]:
         """This rank's parameters of these names."""
         return [self.source.get_parameter(name) for name in names]
+
+    def materialize(self) -> None:
+        """Give memory, without numbers, to parameters on the meta device; ``load`` does it before it reads."""
+        assert self._device is not None
+        self._tree[0].materialize(self._device)
 
     @contextlib.contextmanager
     def standing_in(self, aliases: Mapping[int, Tensor]) -> Iterator[None]:

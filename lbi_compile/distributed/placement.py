@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from ..credit.base import LocalCredit
 from ..interfaces import Interface
@@ -186,15 +188,21 @@ class Tree:
             shelf = shelf._modules.setdefault(part, Shelf())  # pyright: ignore[reportAssignmentType]
         return shelf
 
-    def rebind(self, program: Program) -> Program:
-        """The program, reading from this tree instead of from the model."""
+    def rebind(self, program: Program, device: torch.device | None) -> Program:
+        """The program, reading from this tree instead of from the model.
+
+        Args:
+            program: The program.
+            device: Where values are to be made that were captured on the meta device.
+        """
 
         def moved(piece: Piece) -> Piece:
             attributes = [
                 (self._shelf(self._paths[id(owner)]) if id(owner) in self._paths else owner, name)
                 for owner, name in piece.attributes
             ]
-            return Piece(piece.code, tuple(attributes), piece.inputs, piece.outputs)
+            code = piece.code if device is None else _on_device(piece.code, device)
+            return Piece(code, tuple(attributes), piece.inputs, piece.outputs)
 
         regions = tuple(
             dataclasses.replace(
@@ -211,12 +219,30 @@ class Tree:
             pieces={},  # nodes of the captured graph, which holds the whole model
         )
 
-    def places(self, names: Iterable[str]) -> list[tuple[nn.Module, str]]:
-        """Module and attribute of every parameter that one of ``names`` names, under all of its names."""
-        wanted = {id(self.root.get_parameter(name)) for name in names}
-        return [
-            (module, name)
-            for module in self.root.modules()
-            for name, value in module._parameters.items()
-            if value is not None and id(value) in wanted
-        ]
+    def materialize(self, device: torch.device) -> None:
+        """Give memory to what is on the meta device; what is tied stays tied."""
+        made: dict[int, Any] = {}
+        for module in self.root.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, value in tensors.items():
+                    if value is None or not value.is_meta:
+                        continue
+                    if id(value) not in made:
+                        empty = torch.empty_like(value, device=device)
+                        own = isinstance(value, nn.Parameter)
+                        made[id(value)] = value, nn.Parameter(empty, value.requires_grad) if own else empty
+                    tensors[name] = made[id(value)][1]
+
+
+def _on_device(code: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """The same code, which makes values on ``device`` where it made them on the meta device."""
+
+    def swap(value: Any) -> Any:
+        return device if isinstance(value, torch.device) and value.type == "meta" else value
+
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(code.graph, {}))
+    for node in graph.nodes:
+        node.args, node.kwargs = map_aggregate(node.args, swap), map_aggregate(node.kwargs, swap)
+    graph.lint()
+    return fx.GraphModule(code, graph)

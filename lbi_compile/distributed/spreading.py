@@ -35,6 +35,7 @@ def parallelize(
     example_inputs: Any = None,
     engine: str = "auto",
     reduce: str = "auto",
+    device: torch.device | str | None = None,
 ) -> RegionParallel:
     """Spread the regions of a bounded model over the ranks of a device mesh.
 
@@ -44,8 +45,8 @@ def parallelize(
     process_group=mesh.get_group("dp"))`` or ``fully_shard(parallel, mesh=mesh["dp"])``.
 
     The result shares its parameters with the bounded model and holds nothing else of it, so that dropping the bounded
-    model frees what belongs to other ranks. Parameters on the meta device stay there: load a checkpoint, or
-    ``to_empty`` and fill them.
+    model frees what belongs to other ranks. So that no rank ever holds more than its part, build the model on the meta
+    device, transform it with the plan of the real one, give ``device``, and ``load`` a checkpoint.
 
     Args:
         bounded: A bounded model that has seen inputs, the same on every rank.
@@ -57,6 +58,7 @@ def parallelize(
             ``"auto"``. Same gradients.
         reduce: What ranks add up in the backward: ``"canvas"`` cotangents, the ``"stem"``'s gradients, or ``"auto"``:
             whichever is smaller.
+        device: For a model on the meta device: where it is to run.
 
     Returns:
         This rank's part, a module.
@@ -108,9 +110,36 @@ def parallelize(
     counts = balanced([region.part.flops for region in plan.regions], ranks.size)
     placement = place(bounded, programs, counts)
     chosen = _choose(bounded, ranks, engine)
-    parallel = RegionParallel(bounded, mesh, ranks, placement, chosen, reduce)
+    parallel = RegionParallel(bounded, mesh, ranks, placement, chosen, reduce, _device(bounded, programs, device))
     _agree(parallel)
     return parallel
+
+
+def _device(bounded: BoundedModule, programs: list[Program], device: torch.device | str | None) -> torch.device | None:
+    """Where a model on the meta device is to run; ``None`` for a model with numbers."""
+    if not any(p.is_meta for p in bounded.parameters()):
+        return None
+    if device is None:
+        raise OptionError(
+            "device=None for a model on the meta device",
+            expected="the device it is to run on",
+            do='pass for example device="cpu"',
+        )
+    kept = set(bounded.state_dict())
+    lost = [name for name, buffer in bounded.named_buffers() if buffer.is_meta and name not in kept]
+    known = {id(value) for value in (*bounded.parameters(), *bounded.buffers())}
+    for program in programs:
+        regions = [piece for region in program.regions for piece in (region.body, region.finish) if piece is not None]
+        for piece in (program.prologue, program.stem, *regions, program.head):
+            constants = [(name, getattr(owner, name)) for owner, name in piece.attributes]
+            lost += [name for name, value in constants if value.is_meta and id(value) not in known]
+    if lost:
+        raise DistributedError(
+            f"values on the meta device that no checkpoint holds: {', '.join(lost[:4])}",
+            expected="parameters and persistent buffers only",
+            do="register these buffers as persistent, or build the model on a device with memory",
+        )
+    return torch.device(device)
 
 
 def _know(bounded: BoundedModule, example_inputs: Any) -> None:
