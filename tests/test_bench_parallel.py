@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 
@@ -10,7 +11,7 @@ import pytest
 from lbi_compile import OptionError, cli
 from lbi_compile.bench import parallel, parallel_view, slowlink
 from lbi_compile.bench.parallel import Sizes
-from lbi_compile.cost import transformer
+from lbi_compile.cost import Estimate, transformer
 from lbi_compile.render.text import plain
 
 SMALL = Sizes("lm", layers=4, width=32, length=16, classes=256, regions=4, r=4)
@@ -63,7 +64,7 @@ def test_a_limited_link_is_slow_and_goes_away():
 
 def test_no_speed_where_a_gradient_is_wrong():
     work = transformer(D=32, L=4, T=16, B=2, vocabulary=256, n=2, K=4, r=4)
-    numbers = {name: getattr(work, name) for name in work.__dataclass_fields__}
+    numbers = dataclasses.asdict(work)
     contestants = [
         {"name": "dense, one process", "form": "one", "baseline": "", "error": 0.0, "sent": 0.0},
         {"name": "GPipe, 1 micro", "form": "gpipe", "baseline": "dense, one process", "error": 0.5, "sent": 1.0},
@@ -73,6 +74,7 @@ def test_no_speed_where_a_gradient_is_wrong():
     cell = {
         "samples": 2,
         "link": {"bandwidth": 1e9, "latency": 1e-4},
+        "crowding": 1.5,
         "contestants": contestants,
         "workloads": {"token": numbers},
     }
@@ -96,6 +98,15 @@ def test_no_speed_where_a_gradient_is_wrong():
     assert "!=" in page
 
 
+def test_crowding_counts_where_ranks_compute_at_the_same_time():
+    def crowded(busy: float) -> float:
+        return parallel.crowded(Estimate(seconds=2.0, busy=busy, flops=0.0, sent=0.0, memory=0.0), 2, 1.5)
+
+    assert crowded(2.0) == 3.0
+    assert crowded(1.0) == 2.0  # in turns
+    assert 2.0 < crowded(1.5) < 3.0
+
+
 def test_what_does_not_fit_is_refused(tmp_path, capsys):
     with pytest.raises(OptionError, match="nonsense"):
         parallel.run(SMALL, ranks=2, batches=[1], names=["nonsense"])
@@ -112,7 +123,7 @@ def test_a_rank_that_fails_is_named():
 
 
 def test_record_is_json(tmp_path):
-    meeting = parallel.Meeting(2, parallel.Link(1e9, 1e-4), ())
+    meeting = parallel.Meeting(2, parallel.Link(1e9, 1e-4), 1.0, ())
     record = parallel_view.Record("lbi-compile", "now", {"cores": 2}, {"torch": "2"}, {}, (meeting,))
     record.write(tmp_path / "out.json")
     read = json.loads((tmp_path / "out.json").read_text())

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lbi_compile.cost import FORMS, Workload
+from lbi_compile.cost import FORMS, Estimate, Workload
 from lbi_compile.errors import OptionError
 from lbi_compile.simulate import Link
 
@@ -68,11 +68,13 @@ class Meeting:
     Attributes:
         samples: In the batch.
         link: As measured among the ranks.
+        crowding: How many times as long ranks take while all of them compute, as one does alone.
         lines: The schedules.
     """
 
     samples: int
     link: Link
+    crowding: float
     lines: tuple[Line, ...]
 
     @property
@@ -219,7 +221,8 @@ def meeting(cell: Mapping[str, Any], ranks: int) -> Meeting:
             here = dataclasses.replace(work, n=ranks, M=one["micro_batches"])
             form = FORMS[one["form"]]
             before = FORMS["one" if name == "dense" else one["form"]](dataclasses.replace(work, n=1, M=1), link)
-            predicted, form_sent = before.seconds / form(here, link).seconds, form(here, link).sent
+            estimate = form(here, link)
+            predicted, form_sent = before.seconds / crowded(estimate, ranks, cell["crowding"]), estimate.sent
         if right and not alone:
             ratio = Spread.of([b / v for b, v in zip(seconds[base], seconds[one["name"]], strict=True)])
         lines.append(
@@ -235,4 +238,25 @@ def meeting(cell: Mapping[str, Any], ranks: int) -> Meeting:
                 predicted,
             )
         )
-    return Meeting(cell["samples"], link, tuple(lines))
+    return Meeting(cell["samples"], link, cell["crowding"], tuple(lines))
+
+
+def crowded(estimate: Estimate, ranks: int, crowding: float) -> float:
+    """Seconds of a step on devices that share a machine.
+
+    While a rank computes, so does each other one for a share `(n b / t - 1) / (n - 1)` of that time, with b seconds of
+    computing in a step of t: none in a pipeline with one micro-batch, all of it where nobody ever waits.
+
+    Args:
+        estimate: On devices that share nothing.
+        ranks: Their number n.
+        crowding: How many times as long a computation takes while all compute.
+
+    Example:
+        >>> crowded(Estimate(seconds=2.0, busy=2.0, flops=0, sent=0, memory=0), 2, 1.25)
+        2.5
+        >>> crowded(Estimate(seconds=2.0, busy=1.0, flops=0, sent=0, memory=0), 2, 1.25)
+        2.0
+    """
+    together = max(0.0, (ranks * estimate.busy / estimate.seconds - 1) / (ranks - 1))
+    return estimate.seconds + estimate.busy * (crowding - 1) * min(1.0, together)

@@ -75,7 +75,8 @@ class RecordView:
         for meeting in record.meetings:
             link = meeting.link
             yield Text(f"\n{meeting.samples} samples", style="bold")
-            yield Text(f"  link as measured: {size(link.bandwidth)}/s, {seconds(link.latency)} a message", style="dim")
+            measured = f"link {size(link.bandwidth)}/s, {seconds(link.latency)} a message; while all ranks compute"
+            yield Text(f"  measured: {measured}, each takes {times(meeting.crowding)} times as long", style="dim")
             yield _table(meeting)
 
 

@@ -5,6 +5,7 @@ It makes contestants, checks their gradients, lets them take turns with all othe
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from .stacks import Sizes
 # Bytes of the messages a link is measured by.
 SMALL, LARGE = 4, 2**20
 _TIMES = 15
+_CROWDS = 5
 
 
 def main(settings: dict[str, Any]) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def _cell(sizes: Sizes, samples: int, mesh: Any, settings: dict[str, Any]) -> di
     contestants, models = _contestants(arena, settings)
     errors = {one.name: _error(one) for one in contestants}
     sent = {one.name: _all(one.sent) if not one.alone else 0.0 for one in contestants}
+    crowding = _crowding(contestants[0])
     link, timings = _link(), {name: _timings(arena, model) for name, model in models.items()}
     draw, order = random.Random(settings["seed"]), list(contestants)
     seconds: dict[str, list[float]] = {one.name: [] for one in contestants}
@@ -65,6 +68,7 @@ def _cell(sizes: Sizes, samples: int, mesh: Any, settings: dict[str, Any]) -> di
     return {
         "samples": samples,
         "link": link._asdict(),
+        "crowding": crowding,
         "contestants": [
             {
                 "name": one.name,
@@ -128,6 +132,21 @@ def _time(one: Contestant) -> float:
     return max(_everywhere(time.perf_counter() - start))
 
 
+def _crowding(one: Contestant) -> float:
+    """How many times as long a computation takes while all ranks compute, as the first rank alone needs.
+
+    Ranks of one machine share its memory, its caches and, where there are fewer than ranks, its cores.
+    """
+    found = []
+    for _ in range(_CROWDS):
+        alone = _time(one)
+        dist.barrier()
+        start = time.perf_counter()
+        one.step()
+        found.append(max(_everywhere(time.perf_counter() - start)) / alone)
+    return max(1.0, sorted(found)[_CROWDS // 2])
+
+
 def _link() -> Link:
     """Latency and bandwidth by which an all-reduce of this group takes what its closed form says."""
     n = dist.get_world_size()
@@ -160,7 +179,7 @@ def _timings(arena: Arena, bounded: Any) -> dict[str, Any] | None:
         work = measure.workload(
             bounded.plan, letters, devices=arena.world, parameters=count, timings=found
         )  # fmt: skip
-        made = {name: getattr(work, name) for name in work.__dataclass_fields__}
+        made = dataclasses.asdict(work)
     dist.barrier()
     return made
 
