@@ -219,7 +219,7 @@ def workload(
         sizes: As :func:`sizes` gives them.
         devices: n.
         parameters: Of the whole model.
-        timings: Of batches of growing size, the last one of B samples; none where ``given`` has ``s``.
+        timings: Of batches of growing size, the last one of about B samples; none where ``given`` has ``s``.
         given: Letters with another number than the one found, such as ``s``.
     """
     K = len(plan.regions)
@@ -255,7 +255,7 @@ def workload(
 
 
 def _fitted(plan: Plan, found: dict[str, float], timings: Sequence[Measured]) -> dict[str, float]:
-    last, L, B = timings[-1], int(found["L"]), found["B"]
+    last, L = timings[-1], int(found["L"])
     layers = [sum(region.forward for region in one.regions) for one in timings]
     fixed, slope = _line([one.samples for one in timings], layers)
     w = found["w"] or 1.0
@@ -269,8 +269,8 @@ def _fitted(plan: Plan, found: dict[str, float], timings: Sequence[Measured]) ->
         made |= {f"o_{name}": fixed, f"w_{name}": slope * s}
     each = [region.forward + region.backward for region in last.regions]
     made["u"] = max(each) * len(each) / sum(each)
-    made["a"] = sum(region.kept for region in last.regions) / (L * B)
-    made["a_h"] = (last.stem.kept + last.head.kept) / B
+    made["a"] = sum(region.kept for region in last.regions) / (L * last.samples)
+    made["a_h"] = (last.stem.kept + last.head.kept) / last.samples
     rate = RATES["cpu"]
     made["o_c"] = CELL_OPS[plan.cell] * rate.forward
     # what the bounded model takes beside the dense one, over its regions

@@ -195,7 +195,7 @@ def transformer(
         >>> transformer(D=768, L=12, T=1024, B=8, vocabulary=50257, n=4).w / 1e9
         17.7...
     """
-    sizes = {symbol("D"): D, symbol("T"): T}
+    sizes = [(symbol("D"), D), (symbol("T"), T)]
     layer, kept, count = (
         float(form.subs(sizes)) for form in (TRANSFORMER_LAYER, TRANSFORMER_KEPT, TRANSFORMER_PARAMETERS)
     )
@@ -212,7 +212,16 @@ def transformer(
         "tau": T,
         **others,
     }
-    return Workload(K=K or min(n, L), r=r, B=B, T=T, D=D, L=L, n=n, **numbers)
+    return Workload(
+        K=K or min(n, L),
+        r=r,
+        B=B,
+        T=T,
+        D=D,
+        L=L,
+        n=n,
+        **numbers,  # pyright: ignore[reportArgumentType]  counts are whole
+    )
 
 
 def symbol(name: str) -> Symbol:
@@ -220,12 +229,25 @@ def symbol(name: str) -> Symbol:
     return next(one for one in MEANING if one.name == name)
 
 
-class rounds(sympy.Function):
+class _Rounds(sympy.Function):
     """`ceil(log2 count)`, exact for whole numbers."""
 
     @classmethod
     def eval(cls, count: Expr) -> Expr | None:
         return sympy.Integer(bits(int(count))) if count.is_Integer else None  # type: ignore[attr-defined]
+
+
+_Rounds.__name__ = "rounds"  # as formulas print it and compiled ones call it
+
+
+def rounds(count: Expr) -> Expr:
+    """`ceil(log2 count)` in a formula.
+
+    Example:
+        >>> rounds(K), rounds(K).subs(K, 5)
+        (rounds(K), 3)
+    """
+    return _Rounds(count)
 
 
 def bits(count: float) -> int:
