@@ -247,7 +247,7 @@ def rounds(count: Expr) -> Expr:
         >>> rounds(K), rounds(K).subs(K, 5)
         (rounds(K), 3)
     """
-    return _Rounds(count)
+    return _Rounds(count)  # pyright: ignore[reportReturnType]  sympy has it made by a metaclass
 
 
 def bits(count: float) -> int:
