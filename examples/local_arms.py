@@ -65,8 +65,8 @@ ARMS = {
     "hbll": Arm(
         "HBLL",
         "hbll",
-        {"hops": "canvas", "readout": "shared", "sweeps": 3, "r": 32},
-        (("learning_rate", (1e-2, 3e-3)), ("match", (0.3, 0.0))),
+        {"hops": "canvas", "readout": "shared", "sweeps": 3, "r": 32, "match": 0.3},
+        (("learning_rate", (1e-2, 3e-3)),),
     ),
 }
 

@@ -48,7 +48,8 @@ def study_arm(
 
     def once(chosen: dict[str, Any], *, seed: int, wrong: float, judge: str) -> float:
         where = {"seed": seed, "wrong": wrong, "judge": judge}
-        what = {"arm": name, "chosen": chosen, **dataclasses.asdict(budget), **where}
+        # what is given too: rows of an arm that was another one are none of this one
+        what = {"arm": name, "fixed": dict(arm.fixed), "chosen": chosen, **dataclasses.asdict(budget), **where}
         if folder is not None:
             what["task"] = CifarPictures(folder=folder).name
         measure = functools.partial(run, arm, chosen, budget, **where, folder=folder)

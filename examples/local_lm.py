@@ -24,8 +24,8 @@ from training import DENSE, Settings, make_model, train
 
 HOME = Path(__file__).parent / "results" / "local_lm"
 CHOICE_SEED = 100
-RATES = (3e-3, 6e-3, 1e-2)
-DEFAULT = Settings(steps=600, length=64, layers=4, regions=4, batch=16, evaluate_every=10**9, evaluate_on=512)
+RATES = (5e-3, 2.5e-3, 1e-2)
+DEFAULT = Settings(steps=250, length=64, layers=4, regions=4, batch=16, evaluate_every=10**9, evaluate_on=512)
 SIZES = ("steps", "length", "layers", "regions", "r", "batch", "evaluate_on")
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "bp": ("backprop", {"interface": DENSE}),
