@@ -188,6 +188,7 @@ def test_dropout_draws_the_same_on_any_number_of_ranks(name: str):
     assert not torch.equal(other[0]["loss"], expected["loss"])
 
 
+@pytest.mark.slow
 def test_evaluation_has_no_dropout_and_no_graph():
     kind, options, _ = FORMS["token-gru"]
     made, inputs = bound(kind, tuple(sorted({**options, "r": 4}.items())), 0.3)
@@ -228,6 +229,7 @@ def _part(module: nn.Module, x: Tensor, index: int, count: int, inputs: Tensor) 
     return project(torch.cat([whole[: rows.start], out, whole[rows.stop :]]))
 
 
+@pytest.mark.slow
 def test_two_copies_of_two_ranks_average_under_fsdp():
     bounded, inputs, _ = form("token-gru")
     expected = gradients(copy.deepcopy(bounded), inputs)
@@ -282,6 +284,7 @@ def test_clipping_has_the_norm_of_one_process():
     assert differences(expected, [grads for _, grads in found]) < 1e-12
 
 
+@pytest.mark.slow
 def test_autocast_and_a_scaler_that_ranks_share():
     bounded, batches, loss, _ = _in_float32("token-gru")
 

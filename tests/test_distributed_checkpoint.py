@@ -109,6 +109,7 @@ def test_the_bounded_model_reads_it_in_one_process(written: tuple[Path, dict[str
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
+@pytest.mark.slow
 def test_a_model_on_the_meta_device_holds_its_part_only(written: tuple[Path, dict[str, Tensor]]):
     folder, expected = written
     plan = _bounded().plan

@@ -76,7 +76,7 @@ class _Segment:
         """`lambda_{j+1}`, from the scan over all ranks."""
         B, R = self.before.shape
         b, zero = self.pull_back(grad), self.before.new_zeros(())
-        mine = [("seed" if self.ranks.last else "b", b, (B, R))]
+        mine: list[tuple[str, Tensor | None, tuple[int, ...]]] = [("seed" if self.ranks.last else "b", b, (B, R))]
         if self.ranks.size > 2:  # between two ranks the seed is the adjoint
             mine.append(("J", self.J, (B, R, R)))
         sizes: dict[str, int] = {}

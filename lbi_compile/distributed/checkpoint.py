@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -87,7 +87,7 @@ def save(
     model_state, optimizer_state = _state(module, optimizer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is as good
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
+        state_dict_saver.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
     draws = _gathered((_copy_of(module), _random_state()))
     record = {
         "step": step,
@@ -142,7 +142,7 @@ def load(
     state = {"model": model_state, "optimizer": optimizer_state} if optimizer is not None else {"model": model_state}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is as good
-        dcp.load(state, checkpoint_id=path)
+        state_dict_loader.load(state, checkpoint_id=path)
     optimizers = [] if optimizer is None else [optimizer]
     set_state_dict(module, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state, options=_OPTIONS)
     draws = record["random"]

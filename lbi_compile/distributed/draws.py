@@ -47,7 +47,7 @@ class Draws:
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.random.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             if devices:
                 torch.cuda.manual_seed(seed)
             yield

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
 
 from .._torch import default_store
 from ..errors import LBIError, RankLostError
@@ -93,7 +94,7 @@ class _Pulse:
         self.parallel, self.interval = parallel, interval
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         # a store of its own: requests of another thread would wait for those of this one
-        self.store = dist.PrefixStore("lbi/watch", default_store().clone())
+        self.store = PrefixStore("lbi/watch", default_store().clone())
         self.beats = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lbi heartbeat", daemon=True)

@@ -106,6 +106,7 @@ class _Step:
             terms.append(term)
             belief = credit.believe(logits.detach())
         if not self.ranks.last:
+            assert belief is not None
             self._pass_on(belief)
         return self._sum(terms)
 

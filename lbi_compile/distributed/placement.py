@@ -127,11 +127,8 @@ def _pieces(program: Program, interface: Interface) -> list[tuple[set[int | str]
     head: set[int | str] = {HEAD}
     if isinstance(interface, LocalCredit):
         head = set(interface.read_out)
-    found: list[tuple[set[int | str], Piece]] = [
-        ({STEM}, program.prologue),
-        ({STEM}, program.stem),
-        (head, program.head),
-    ]
+    stem: set[int | str] = {STEM}
+    found = [(stem, program.prologue), (stem, program.stem), (head, program.head)]
     for k, region in enumerate(program.regions):
         found += [({k}, piece) for piece in (region.body, region.finish) if piece is not None]
     return found

@@ -110,6 +110,7 @@ def in_turn(call: Call) -> Tensor:
     else:
         like = _latent_like(interface, canvas)
         m = links.receive(ranks, call.thread, like.shape, like, reply=not scans)
+    assert m is not None
     entered, total = m, Total(call)
     for k in model.own:
         with call.region(k):

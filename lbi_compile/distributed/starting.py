@@ -7,6 +7,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import TCPStore
 
 from ..errors import MeshError
 
@@ -38,7 +40,7 @@ def start(backend: str | None = None, *, timeout: float = 600.0) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     limit = timedelta(seconds=timeout)
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world,
@@ -48,5 +50,5 @@ def start(backend: str | None = None, *, timeout: float = 600.0) -> None:
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     chosen = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    named = dist.PrefixStore(f"attempt {attempt}", store)
+    named = PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group(chosen, store=named, rank=rank, world_size=world, timeout=limit)
