@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib as _importlib
 from pathlib import Path as _Path
+from typing import Any as _Any
 
 # In a checkout, passes/ and kernels/ stand beside this folder: look for submodules there too. The repository root is
 # not put on sys.path, where the bare names would collide with other distributions.
@@ -39,3 +41,12 @@ __all__ = [
     "verify",
     *_errors,
 ]
+
+# Packages that a program which never asks for them need not import.
+_LATER = ("ablation", "diagnostics", "distributed", "passes")
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LATER:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

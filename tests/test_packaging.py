@@ -56,6 +56,14 @@ def test_public_names_exist():
         assert name in lbi_compile.__all__
 
 
+def test_packages_come_with_their_first_use(tmp_path):
+    code = """
+import lbi_compile
+print("lbi_compile.distributed" in sys.modules, lbi_compile.distributed.start.__name__, hasattr(lbi_compile, "nothing"))
+"""
+    assert python(code, cwd=tmp_path) == "False start False\n"
+
+
 def test_every_package_is_listed_and_exists():
     setup = project()["tool"]["setuptools"]
     folders = {name: ROOT / setup["package-dir"].get(name, name.replace(".", "/")) for name in setup["packages"]}

@@ -130,7 +130,8 @@ def _pieces(program: Program, interface: Interface) -> list[tuple[set[int | str]
     stem: set[int | str] = {STEM}
     found = [(stem, program.prologue), (stem, program.stem), (head, program.head)]
     for k, region in enumerate(program.regions):
-        found += [({k}, piece) for piece in (region.body, region.finish) if piece is not None]
+        own: set[int | str] = {k}
+        found += [(own, piece) for piece in (region.body, region.finish) if piece is not None]
     return found
 
 

@@ -7,8 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 from ..errors import MeshError
 
