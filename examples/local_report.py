@@ -12,6 +12,7 @@ from data import package
 from local_arms import ARMS
 
 Row = Mapping[str, Any]
+_FAR = 20.0  # points below the best arm that would press all others together
 
 
 def judged(rows: Sequence[Row], arm: str, wrong: float) -> list[dict[str, Any]]:
@@ -128,7 +129,7 @@ def _aims(rows: Sequence[Row]) -> list[str]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw accuracy over the share of wrong classes, and of the paths of HBLL over their hops.
+    """Draw accuracy by arm, over the share of wrong classes, and of the paths of HBLL over their hops.
 
     Args:
         rows: As for ``table``.
@@ -138,32 +139,51 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         PackageError: ``matplotlib`` is not installed.
     """
     figure_of = package("matplotlib.figure", needed_for="the figure")
-    figure = figure_of.Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.set(xlabel="training pictures with a wrong class, %", ylabel="test accuracy, %")
+    figure = figure_of.Figure(figsize=(14, 4), layout="constrained")
+    arms, noise, paths = figure.subplots(1, 3)
+    found = {
+        (name, share): [one["accuracy"] for one in judged(rows, name, share)]
+        for name in ARMS
+        for share in sorted({row["what"]["wrong"] for row in rows})
+    }
+    _draw_arms(arms, {name: values for (name, share), values in found.items() if values and not share})
+    noise.set(xlabel="training pictures with a wrong class, %", ylabel="test accuracy, %")
     for name, arm in ARMS.items():
-        shares = sorted({row["what"]["wrong"] for row in rows if judged(rows, name, row["what"]["wrong"])})
-        if shares:
-            found = [[one["accuracy"] for one in judged(rows, name, share)] for share in shares]
-            middle = [statistics.fmean(values) for values in found]
-            reach = [[abs(m - edge(values)) for m, values in zip(middle, found, strict=True)] for edge in (min, max)]
-            left.errorbar([100 * share for share in shares], middle, reach, label=arm.label, capsize=2, marker=".")
-    found = judged(rows, "hbll", 0.0)
-    right.set(xlabel="hops of HBLL", ylabel="test accuracy, %", xscale="log")
+        shares = [share for (of, share), values in found.items() if of == name and values]
+        if len(shares) > 1:
+            middle = [statistics.fmean(found[name, share]) for share in shares]
+            reach = [
+                [abs(m - edge(found[name, share])) for m, share in zip(middle, shares, strict=True)]
+                for edge in (min, max)
+            ]
+            noise.errorbar([100 * share for share in shares], middle, reach, label=arm.label, capsize=2, marker=".")
+            noise.legend(fontsize="small")
+    _draw_paths(paths, judged(rows, "hbll", 0.0), found.get(("bp", 0.0), []))
+    figure.savefig(path, dpi=110)
+
+
+def _draw_arms(axes: Any, found: Mapping[str, Sequence[float]]) -> None:
+    """A row of points for every arm; those far below the best one only in words."""
+    best = max((statistics.fmean(values) for values in found.values()), default=0.0)
+    near = [name for name in found if statistics.fmean(found[name]) > best - _FAR]
+    far = ", ".join(f"{ARMS[name].label} {statistics.fmean(found[name]):.1f}" for name in found if name not in near)
+    for at, name in enumerate(reversed(near)):
+        axes.plot(found[name], [at] * len(found[name]), "o", color="C0", alpha=0.6)
+    axes.set_yticks(range(len(near)), [ARMS[name].label for name in reversed(near)], fontsize="small")
+    axes.set(xlabel="test accuracy, %" + (f"\nnot shown: {far}" if far else ""))
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _draw_paths(axes: Any, found: Sequence[Mapping[str, Any]], whole: Sequence[float]) -> None:
+    axes.set(xlabel="hops of HBLL", ylabel="test accuracy, %", xscale="log")
     if found:
         hops = list(found[0]["paths"])
         for one in found:
-            right.plot([int(n) for n in hops], [one["paths"][n] for n in hops], "o-", color="C0", alpha=0.5)
-        right.axhline(
-            statistics.fmean(one["probe"] for one in found), color="C1", ls=":", label="linear probe on canvas"
-        )
-        right.set_xticks([int(n) for n in hops], hops)
-        right.minorticks_off()
-    whole = judged(rows, "bp", 0.0)
+            axes.plot([int(n) for n in hops], [one["paths"][n] for n in hops], "o-", color="C0", alpha=0.5)
+        axes.set_xticks([int(n) for n in hops], hops)
+        axes.minorticks_off()
+        probe = statistics.fmean(one["probe"] for one in found)
+        axes.set(xlabel=f"hops of HBLL\nnot shown: linear probe on the canvas {probe:.1f}")
     if whole:
-        level = statistics.fmean(one["accuracy"] for one in whole)
-        right.axhline(level, color="C2", ls="--", label=ARMS["bp"].label)
-    left.legend(fontsize="small")
-    if found or whole:
-        right.legend(fontsize="small")
-    figure.savefig(path, dpi=130)
+        axes.axhline(statistics.fmean(whole), color="C2", ls="--", label=ARMS["bp"].label)
+        axes.legend(fontsize="small", loc="lower right")
