@@ -33,7 +33,7 @@ def record(bounded: BoundedModule) -> ScanRecord:
     ("name", "depth", "regions", "options"),
     [
         ("mlp", 8, 4, {"interface": "pooled"}),
-        ("transformer", 4, 4, {"interface": "token", "cell": "gru"}),
+        pytest.param("transformer", 4, 4, {"interface": "token", "cell": "gru"}, marks=pytest.mark.slow),
         pytest.param("mlp", 9, 3, {"interface": "pooled"}, marks=pytest.mark.slow),
         pytest.param("transformer", 5, 4, {"interface": "token", "cell": "linear"}, marks=pytest.mark.slow),
         pytest.param("transformer", 6, 3, {"interface": "chunked"}, marks=pytest.mark.slow),

@@ -117,6 +117,7 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
     assert cli.main(["bench", "parallel", "lm", "--json", str(tmp_path / "no" / "out.json")]) == 2
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_is_named():
     with pytest.raises(OptionError, match=r"rank \d ended with 1: .*FutureLeakError"):
         parallel.run(SMALL, ranks=2, batches=[1], names=["pooled"])

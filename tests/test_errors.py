@@ -156,7 +156,11 @@ def test_every_error_survives_pickling(kind):
         ({"r": 0}, errors.LatentWidthError, ["r=0"]),
         ({"r": -1}, errors.LatentWidthError, ["r=-1"]),
         ({"r": 4.0}, errors.LatentWidthError, ["r=4.0"]),
-        ({"interface": "wire"}, errors.InterfaceError, ["'wire'", "pooled, chunked, token, identity, zero, self"]),
+        (
+            {"interface": "wire"},
+            errors.InterfaceError,
+            ["'wire'", "pooled, chunked, token, token+chunked, identity, zero, self"],
+        ),
         ({"interface": None}, errors.InterfaceError, ["None"]),
         ({"interface": "token"}, errors.InterfaceError, ["(3, 8)", "[B, T, D]", "'pooled'"]),
         ({"interface": "chunked"}, errors.InterfaceError, ["(3, 8)", "[B, T, D]", "'pooled'"]),

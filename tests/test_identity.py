@@ -42,6 +42,7 @@ def test_identity_scan_equals_the_original_models_gradients() -> None:
     assert max(relative_errors(got, expected).values()) <= 1e-10
 
 
+@pytest.mark.slow
 def test_identity_scan_through_attention_equals_the_original_models_gradients() -> None:
     torch.manual_seed(0)
     model = CausalTransformer(vocabulary=16, length=8, width=8, depth=3, heads=2, dropout=0.1).double()

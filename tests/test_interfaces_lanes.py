@@ -136,6 +136,7 @@ def test_a_latent_too_narrow_for_its_slots_is_refused() -> None:
         encoder_decoder(r=3)
 
 
+@pytest.mark.slow
 def test_the_scan_refuses_identity_of_lanes_that_differ_in_size() -> None:
     _, inputs, bounded = encoder_decoder(interface="identity", backward="scan")
     with pytest.raises((EngineError, lbi_compile.BatchCouplingError)):

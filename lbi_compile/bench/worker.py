@@ -189,3 +189,7 @@ if __name__ == "__main__":
     record = main(json.loads(Path(sys.argv[1]).read_text()))
     if os.environ["RANK"] == "0":
         Path(sys.argv[2]).write_text(json.dumps(record))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # threads of Gloo that still run when the interpreter takes everything down can abort the process
+    os._exit(0)
