@@ -50,6 +50,8 @@ from tests.models import ResidualMLP
 
 QUICK = ("token-gru", "pooled-sum-scan", "pooled-last-scan", "zero")
 WORLDS = (2, 3, 4)
+# One process itself ends more than 1e-6 from where it ends in float64: ranks that add up in another order may, too.
+ROUNDING = ("pooled-last-scan", "pooled-last-chain-stem")
 
 
 def test_neighbouring_regions_are_shared_out_evenly():
@@ -159,6 +161,7 @@ def _gpt2_loss(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def test_fifty_steps_in_float32_end_where_one_process_ends(name: str):
     bounded, batches, loss, options = _in_float32(name)
     (expected,) = ranks.run(1, lambda rank: steps(bounded, batches, loss))
+    limit = max(1e-6, _rounding(expected, bounded, batches, loss)) if name in ROUNDING else 1e-6
     worlds = (2,) if name in QUICK else WORLDS
     for world in worlds:
         found = ranks.run(
@@ -167,7 +170,15 @@ def test_fifty_steps_in_float32_end_where_one_process_ends(name: str):
         assert set(expected) == set().union(*found)
         for one in found:
             for name_, value in one.items():
-                assert float((value - expected[name_]).abs().max()) < 1e-6, name_
+                assert float((value - expected[name_]).abs().max()) < limit, name_
+
+
+def _rounding(expected: dict[str, Tensor], bounded: BoundedModule, batches: Any, loss: Any) -> float:
+    """How far one process ends from where it ends in float64."""
+    wide = copy.deepcopy(bounded).double()
+    wider = [tuple(part.double() if part.is_floating_point() else part for part in batch) for batch in batches]
+    (exact,) = ranks.run(1, lambda rank: steps(wide, wider, loss))
+    return max(float((value - exact[name]).abs().max()) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("name", ["token-gru", pytest.param("chunked-sum-scan", marks=pytest.mark.slow)])
