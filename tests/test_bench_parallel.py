@@ -17,6 +17,7 @@ from lbi_compile.render.text import plain
 SMALL = Sizes("lm", layers=4, width=32, length=16, classes=256, regions=4, r=4)
 
 
+@pytest.mark.slow
 def test_gradients_agree_and_bytes_are_those_of_the_forms():
     names = ["token", "sid", "ddp", "gpipe", "1f1b"]
     (meeting,) = parallel.run(SMALL, ranks=2, batches=[2], names=names, micro_batches=[1, 2], rounds=1)

@@ -19,7 +19,7 @@ TOLERANCE = 1e-10
 SHARP = [
     ("mlp", 3, 4, {}, (3, 1, 5)),
     ("transformer", 3, 4, {"interface": "token", "cell": "gru"}, (3, 5)),
-    ("transformer", 3, 8, {"interface": "chunked", "readout": "last"}, (3, 5)),
+    pytest.param("transformer", 3, 8, {"interface": "chunked", "readout": "last"}, (3, 5), marks=pytest.mark.slow),
     pytest.param("vit", 3, 4, {}, (3, 5), marks=pytest.mark.slow),
     ("gpt2", 4, 4, {}, (3, 5)),
 ]
@@ -76,6 +76,7 @@ def auxiliary(bounded: BoundedModule, inputs: Inputs) -> Tensor:
     return project(out) + 3 * project(first.square(), 4) + 2 * project(second.sin(), 5) + project(taps.h[1], 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"interface": "token", "cell": "gru"}])
 def test_auxiliary_losses_on_two_latents_are_differentiated_exactly(options: dict[str, str]) -> None:
     model, inputs = in_float64("transformer", depth=4)

@@ -321,7 +321,7 @@ def test_first_sight_is_small(drawing):
     assert len({drawing.boxes[box].part for box in drawing.shown}) == len({n.part for n in drawing.picture.nodes})
 
 
-@pytest.mark.parametrize(
+large = pytest.mark.parametrize(
     "make",
     [
         lambda: pictures.tower(regions=8, layers=96, operators=52),
@@ -331,18 +331,27 @@ def test_first_sight_is_small(drawing):
     ],
     ids=["tower", "unet", "unrolled", "tangle"],
 )
+
+
+@large
 def test_five_thousand_nodes(make):
     made = make()
     assert 4700 < len(made.nodes) < 5100
-    start = time.process_time()
     drawing = Drawing(made)
-    shown = drawing.outer
-    assert time.process_time() - start < 2
-    assert len(shown.items) <= MOST_BOXES
-    text = page(made)
-    assert time.process_time() - start < 5
-    assert len(text) < 3_000_000
+    assert len(drawing.outer.items) <= MOST_BOXES
+    assert len(page(made)) < 3_000_000
     assert max(len(box.items) for box in drawing.boxes) <= 40
+
+
+@pytest.mark.slow
+@large
+def test_five_thousand_nodes_take_seconds(make):
+    made = make()
+    start = time.process_time()
+    assert Drawing(made).outer
+    assert time.process_time() - start < 2
+    assert page(made)
+    assert time.process_time() - start < 5
 
 
 def test_many_regions_show_one_box_each():
