@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import command
 import torch
+from command import Say, add_sizes, at_least_one, parser_of
 from local_report import mean
 from quality_arms import ARMS, Study
 from quality_report import chosen
 from result_rows import Rows
-from rich.console import Console
 from tasks import PointerChasing, Task, TwoHopRecall, WordProblem
 from training import Settings
 
-from lbi_compile.errors import LBIError, OptionError
-
 HOME = Path(__file__).parent / "results" / "mixing"
+_SIZES = ("steps", "batch", "judged", "r", "seeds")
 COMPARED = ("dense", "shallow", "self", "chunked", "token", "both")
 TASKS: dict[str, tuple[str, Task]] = {
     "1 hop": ("one hop in a permutation of 6", PointerChasing(nodes=6, hops=1, queries=6)),
@@ -99,38 +98,29 @@ def _without_r(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    made = parser_of(__doc__, home=HOME)
     made.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="all by default")
     made.add_argument("--arms", nargs="+", choices=COMPARED, default=list(COMPARED), help="all by default")
     made.add_argument("--architecture", default="transformer", help="default %(default)s")
     made.add_argument("--size", default="nano", help="default %(default)s")
     made.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2], help="grid of learning rates")
-    for name, value in (("steps", 2000), ("batch", 32), ("judged", 512), ("r", 16), ("seeds", 1)):
-        made.add_argument(f"--{name}", type=int, default=value, metavar="N", help="default %(default)s")
-    made.add_argument("--out", type=Path, default=HOME, help="folder of rows and table")
+    add_sizes(made, argparse.Namespace(steps=2000, batch=32, judged=512, r=16, seeds=1), _SIZES)
     return made
+
+
+def compare(options: argparse.Namespace, rows: Rows, say: Say) -> str:
+    """Run all arms on all tasks that are asked for; returns the table."""
+    at_least_one(*(getattr(options, name) for name in _SIZES))
+    for task in options.tasks:
+        study = study_of(task, options, rows, say=say)
+        for arm in options.arms:
+            study.arm(arm, seeds=options.seeds)
+    return table(rows.asked())
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(given)
-    say = Console(highlight=False, soft_wrap=True).print
-    try:
-        if min(options.steps, options.batch, options.judged, options.seeds) < 1:
-            raise OptionError("a number below 1", expected="sizes and seeds from 1 on", do="pass larger numbers")
-        rows = Rows(options.out / "rows.jsonl", command=shlex.join(["python", "examples/mixing.py", *given]))
-        for task in options.tasks:
-            study = study_of(task, options, rows, say=say)
-            for arm in options.arms:
-                study.arm(arm, seeds=options.seeds)
-        text = table(rows.asked())
-        (options.out / "table.md").write_text(text)
-        say(text)
-    except LBIError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return command.study("mixing", parser(), arguments, compare)
 
 
 if __name__ == "__main__":

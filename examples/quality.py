@@ -10,24 +10,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import command
 import torch
+from command import Say, add_sizes, at_least_one, parser_of
 from data import ByteTokens, Corpus, Windows, corpus, library, package
 from models import ARCHITECTURES, PRESETS
 from quality_arms import ARMS, Study
 from quality_report import best, draw, table
 from result_rows import Rows
-from rich.console import Console
 from training import Settings
 
-from lbi_compile.errors import LBIError, OptionError
+from lbi_compile.errors import OptionError
 
 HOME = Path(__file__).parent / "results" / "quality"
+_SIZES = ("steps", "batch", "bytes", "judged")
 SHOWN = ("transformer", "mamba2", "mamba3", "hybrid")
 # three seeds where the claim is made, one where it is looked at
 SEEDS = {"transformer": 3, "mamba2": 3}
@@ -90,63 +91,56 @@ def study_of(
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    made = parser_of(__doc__, home=HOME)
     made.add_argument("architectures", nargs="*", metavar="ARCHITECTURE", help=f"by default {', '.join(SHOWN)}")
     made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="all by default")
     made.add_argument("--seeds", type=int, metavar="N", help="seeds that are judged (3, or 1 for mamba3 and hybrid)")
     made.add_argument("--rates", type=float, nargs="+", default=[5e-3, 1e-2, 2e-2], help="grid of learning rates")
     made.add_argument("--vary", action="store_true", help="other latent widths and region sizes of the best arm too")
     made.add_argument("--size", choices=PRESETS, default=Budget().size, help="default %(default)s")
-    for name in ("steps", "batch", "bytes", "judged"):
-        made.add_argument(f"--{name}", type=int, default=getattr(Budget(), name), metavar="N", help="%(default)s")
-    made.add_argument("--out", type=Path, default=HOME, help="folder of rows, table and figure")
+    add_sizes(made, Budget(), _SIZES)
     made.add_argument("--plot", action="store_true", help="draw figure.png")
     made.add_argument("--only-report", action="store_true", help="run nothing, make table and figure of the rows")
     return made
 
 
+def compare(options: argparse.Namespace, rows: Rows, say: Say) -> str:
+    """Run what the options ask for, with table and figure after every arm; returns the table."""
+    names = options.architectures or list(SHOWN)
+    for name in names:
+        if name not in ARCHITECTURES:
+            raise OptionError(f"architecture {name!r}", expected=f"of {', '.join(ARCHITECTURES)}", do="name one")
+    budget = Budget(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Budget)})
+    at_least_one(*(getattr(budget, name) for name in _SIZES), 1 if options.seeds is None else options.seeds)
+    if options.plot:
+        package("matplotlib", needed_for="the figure")
+
+    def report() -> str:
+        mine = [row for row in rows.all() if dataclasses.asdict(budget).items() <= row["what"].items()]
+        text = table(mine)
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "table.md").write_text(text)
+        if options.plot:
+            draw(mine, options.out / "figure.png")
+        return text
+
+    if not options.only_report:
+        text = corpus(library(most=budget.bytes), ByteTokens())
+        for name in names:
+            seeds = options.seeds or SEEDS.get(name, 1)
+            study = study_of(name, budget, text, rows, rates=tuple(options.rates), say=say)
+            for judged in dict.fromkeys((1, seeds)):  # rates of all arms first: an early stop leaves a comparison
+                for arm in options.arms:
+                    study.arm(arm, seeds=judged)
+                    report()
+            if options.vary:
+                vary(study, best(rows.all(), name), seeds=seeds)
+    return report()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(given)
-    say = Console(highlight=False, soft_wrap=True).print
-    try:
-        names = options.architectures or list(SHOWN)
-        for name in names:
-            if name not in ARCHITECTURES:
-                raise OptionError(f"architecture {name!r}", expected=f"of {', '.join(ARCHITECTURES)}", do="name one")
-        budget = Budget(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Budget)})
-        if min(budget.steps, budget.batch, budget.bytes, budget.judged, options.seeds or 1) < 1:
-            raise OptionError("a number below 1", expected="sizes and seeds from 1 on", do="pass larger numbers")
-        if options.plot:
-            package("matplotlib", needed_for="the figure")
-        rows = Rows(options.out / "rows.jsonl", command=shlex.join(["python", "examples/quality.py", *given]))
-
-        def report(made: list[dict[str, Any]]) -> str:
-            mine = [row for row in made if all(row["what"][k] == v for k, v in dataclasses.asdict(budget).items())]
-            text = table(mine)
-            options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / "table.md").write_text(text)
-            if options.plot:
-                draw(mine, options.out / "figure.png")
-            return text
-
-        if not options.only_report:
-            text = corpus(library(most=budget.bytes), ByteTokens())
-            for name in names:
-                seeds = options.seeds or SEEDS.get(name, 1)
-                study = study_of(name, budget, text, rows, rates=tuple(options.rates), say=say)
-                for judged in dict.fromkeys((1, seeds)):  # rates of all arms first: an early stop leaves a comparison
-                    for arm in options.arms:
-                        study.arm(arm, seeds=judged)
-                        report(rows.all())
-                if options.vary:
-                    vary(study, best(rows.all(), name), seeds=seeds)
-        say(report(rows.all()))
-    except LBIError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return command.study("quality", parser(), arguments, compare)
 
 
 def vary(study: Study, arm: str, *, seeds: int) -> None:
