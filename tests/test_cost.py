@@ -131,6 +131,7 @@ def test_what_cannot_be_is_refused_and_why():
     assert "some would have none" in (FORMS["data"].refuses(work(32)) or "")
     assert "64 stages of 32 layers" in (FORMS["gpipe"].refuses(work(64, K=32)) or "")
     assert "some would have none" in (FORMS["token"].refuses(work(8, K=4)) or "")
+    assert "no positions" in (FORMS["token"].refuses(dataclasses.replace(work(2), T=1)) or "")
     assert "32 micro-batches of 16 samples" in (FORMS["scan"].refuses(work(2, M=32)) or "")
     assert FORMS["one"].refuses(work(64, K=32)) is None
     for wrong in ({"K": 0}, {"w": -1.0}, {"o": math.nan}, {"B": 2.5}, {"s": 0.0}):

@@ -164,7 +164,7 @@ def advise(table: Sequence[Row], work: Workload, link: Link) -> Advice:
     notes = list(_reasons(table, dense, bounded, work, link))
     if local is not None:
         notes.append(
-            f"{local.title} would take {told(_seconds(local))}, {_seconds(local) / _seconds(fastest):.2f} times as"
+            f"{local.title} would take {told(_seconds(local))}, {_seconds(local) / _seconds(fastest):.3g} times as"
             " long; it follows no gradient of a loss of the whole, so its worth is a matter of quality, not of time."
         )
     if bounded is None:

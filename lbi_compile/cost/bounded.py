@@ -66,6 +66,10 @@ def _regions(work: Workload) -> str | None:
     return f"{work.n} devices and {work.K} regions: some would have none" if work.n > work.K else None
 
 
+def _positions(work: Workload) -> str | None:
+    return _regions(work) or ("no positions, of which each could have a latent" if work.T == 1 else None)
+
+
 def _micro_batched(work: Workload) -> str | None:
     return _regions(work) or (f"{work.M} micro-batches of {work.B} samples" if work.M > work.B else None)
 
@@ -210,7 +214,7 @@ def _token() -> Form:
         + _end_flops,
         sent=2 * f.gather_sent(exchanged) + f.reduce_sent(f.canvas) + f.reduce_sent(_canvas_back),
         memory=_weights + _kept + 2 * K * _position_latent,
-        refuses=_regions,
+        refuses=_positions,
         source="this package",
     )
 

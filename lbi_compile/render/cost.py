@@ -80,7 +80,7 @@ class OutlookView:
             yield Text("  below it, how many times as fast as the fastest schedule of the model as it is", style="dim")
             yield _sweep(outlook.sweep)
         yield Text("\nadvice", style="bold")
-        yield _point("  ", outlook.advice.text, "green" if outlook.advice.use else "yellow")
+        yield _point(" ", outlook.advice.text, "green" if outlook.advice.use else "yellow")
         for reason in outlook.advice.why:
             yield _point("  -", reason)
 
