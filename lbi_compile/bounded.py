@@ -33,7 +33,7 @@ from .plan import Plan
 from .racing import Racer
 from .region import Region, Taps
 from .running import assemble, each
-from .staleness import fingerprint, modes_of, placement, raise_if_stale
+from .staleness import Fingerprint, fingerprint, modes_of, placement, raise_if_stale
 from .unbuilt import Unbuilt, not_built
 
 # Two numbers for each bounded model: where two latents cross a boundary, their markers belong to two chains.
@@ -72,7 +72,7 @@ class BoundedModule(nn.Module):
         self._form = signature(model)
         self._plan: Plan | None = None
         self._regions: tuple[Region, ...] = ()
-        self._seen: tuple[Any, ...] = ()
+        self._seen: Fingerprint | None = None
         self._engine: engines.Engine | None = None
         self._request = options.backward
         self._forward = options.forward
@@ -328,7 +328,7 @@ class BoundedModule(nn.Module):
                 raise
             return self._race(program, leaves, taps, pins)
         flat, hs, ms = out
-        turn.forward_ended([*flat, *hs, *pytree.tree_leaves(ms)], [*self.parameters(), *leaves])
+        turn.forward_ended([*flat, *hs, *pytree.tree_leaves(ms)], lambda: [*self.parameters(), *leaves])
         return out
 
     def _scan(
@@ -468,7 +468,7 @@ class BoundedModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._seen = ()
+        self._seen = None
         self._forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> BoundedModule:

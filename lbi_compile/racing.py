@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,11 @@ from .newton import SEQUENTIAL
 
 if TYPE_CHECKING:
     from .bounded import BoundedModule
+    from .plan import Plan
+
+
+# Shapes that are remembered: a loop over sentences of all lengths must not fill the memory.
+_MOST_KNOWN = 1024
 
 
 class Racer:
@@ -22,6 +28,9 @@ class Racer:
     def __init__(self) -> None:
         self._races: dict[str, auto.Race] = {}
         self._timed: tuple[str, auto.Stopwatch] | None = None
+        # The plan's hash and the cost model take longer than a layer, and every step asks for the same.
+        self._known: dict[tuple[Any, ...], tuple[str, dict[str, float], torch.device]] = {}
+        self._plan: Plan | None = None
 
     def turn(self, bounded: BoundedModule, leaves: list[Any], *, coupled: bool) -> Turn:
         """Whose turn it is.
@@ -31,10 +40,7 @@ class Racer:
             leaves: Inputs of the call.
             coupled: Samples mix, so that a scan cannot run.
         """
-        cost = costs(bounded, leaves, coupled=coupled)
-        device = _device(leaves)
-        program_name = f"{bounded.plan.hash} {bounded.training} {bounded.forward_method}"
-        key = auto.key(program=program_name, leaves=leaves, engines=tuple(cost), device=device)
+        key, cost, device = self._look_up(bounded, leaves, coupled=coupled)
         if self._timed is not None:  # a forward that was never differentiated
             missed, watch = self._timed
             watch.cancel()
@@ -48,6 +54,22 @@ class Racer:
             elif torch.distributed.is_available() and torch.distributed.is_initialized():
                 self._races[key].settle("ranks have to agree, and would not on what each measures")
         return Turn(self, key, self._races[key], device)
+
+    def _look_up(
+        self, bounded: BoundedModule, leaves: list[Any], *, coupled: bool
+    ) -> tuple[str, dict[str, float], torch.device]:
+        """Key of the race, predicted costs and device."""
+        if self._plan is not bounded.plan or len(self._known) >= _MOST_KNOWN:
+            self._plan, self._known = bounded.plan, {}
+        shapes = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves if isinstance(leaf, Tensor))
+        asked = (shapes, bounded.training, bounded.forward_method, bounded.batches_regions, coupled)
+        asked += (torch.get_num_threads(),)
+        if asked not in self._known:
+            cost, device = costs(bounded, leaves, coupled=coupled), _device(leaves)
+            name = f"{bounded.plan.hash} {bounded.training} {bounded.forward_method}"
+            key = auto.key(program=name, leaves=leaves, engines=tuple(cost), device=device)
+            self._known[asked] = key, cost, device
+        return self._known[asked]
 
     def watch(self, key: str, watch: auto.Stopwatch) -> None:
         """A step of this race waits for its backward."""
@@ -90,9 +112,14 @@ class Turn:
         self._race.drop(self.name, why)
         return True
 
-    def forward_ended(self, outputs: list[Any], leaves: list[Any]) -> None:
-        """Wait for the backward of ``outputs``, if this step is timed and has one."""
-        if self._watch is not None and self._watch.forward_ended(outputs, leaves):
+    def forward_ended(self, outputs: list[Any], leaves: Callable[[], list[Any]]) -> None:
+        """Wait for the backward of ``outputs``, if this step is timed and has one.
+
+        Args:
+            outputs: Of the forward.
+            leaves: Gives parameters and inputs; not called where nothing is timed.
+        """
+        if self._watch is not None and self._watch.forward_ended(outputs, leaves()):
             self._racer.watch(self._key, self._watch)
 
 

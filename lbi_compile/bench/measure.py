@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -211,6 +212,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize()
         del kept
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it tells of each start and stop else, amid the tables
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = run()
     del kept

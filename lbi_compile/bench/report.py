@@ -13,6 +13,7 @@ from lbi_compile.render.text import facts, seconds, size, times
 from .compare import OK, Cell, Row
 from .measure import Spread
 from .record import Record
+from .step import ENGINES
 
 _PARTS = {
     "forward": "forward",
@@ -38,6 +39,8 @@ class RecordView:
             for part in dict.fromkeys(part for row in cell.rows for part in row.seconds):
                 yield Text(f"\n{_PARTS.get(part, part)}", style="italic")
                 yield _times(cell, part, record.copy_bandwidth)
+            if part == "step" and (choice := chosen(cell, part)) is not None:
+                yield choice
         if record.costs:
             yield _costs(record)
 
@@ -88,10 +91,30 @@ def _times(cell: Cell, part: str, bandwidth: float | None) -> Table:
     return table
 
 
+def chosen(cell: Cell, part: str) -> Text | None:
+    """How the engine that ``auto`` took compares with the one that proved the fastest; ``None`` where neither ran.
+
+    Args:
+        cell: Of a training step.
+        part: What was timed.
+    """
+    seconds = {row.name: row.seconds[part] for row in cell.rows if part in row.seconds}
+    engines = [name for name in ENGINES if name in seconds]
+    if "auto" not in seconds or not engines:
+        return None
+    best = min(engines, key=lambda name: seconds[name].median)
+    within = Spread.of([a / b for a, b in zip(seconds[best].all, seconds["auto"].all, strict=True)])
+    return Text.assemble(f"auto: {times(within.median)} of the best engine, {best}", (f"  {_span(within)}", "dim"))
+
+
 def _ratio(ratio: Spread | None) -> Text:
     if ratio is None:
         return Text("")
-    return Text.assemble(times(ratio.median), (f"\n{times(ratio.min)}-{times(ratio.max)}", "dim"))
+    return Text.assemble(times(ratio.median), (f"\n{_span(ratio)}", "dim"))
+
+
+def _span(ratio: Spread) -> str:
+    return f"{times(ratio.min)}-{times(ratio.max)}"
 
 
 def _rate(row: Row, median: float, bandwidth: float | None) -> str:

@@ -170,6 +170,8 @@ FORMS: tuple[Form, ...] = (
     ),
 )
 NAMES = tuple(form.name for form in FORMS)
+# What `auto` chooses from.
+ENGINES = ("eager", "chain", "scan")
 
 
 def cell(case: Case, *, terms: Terms, only: Sequence[str] = NAMES, cuda_graphs: bool = False) -> Cell:
