@@ -22,8 +22,8 @@ from .errors import (
     ShapeNotCapturedError,
 )
 from .forward import Solver, check_forward, refuse_forward, refuse_tracing, varying
-from .hooked_plan import is_hooked
-from .hooked_run import HookedProgram
+from .hooked.plan import is_hooked
+from .hooked.run import HookedProgram
 from .interfaces import Interface
 from .newton import SEQUENTIAL, Solve
 from .options import Options

@@ -21,7 +21,7 @@ from ._torch import (
 from .backend import compile_errors, eager_backend
 from .errors import EngineError, OptionError
 from .guesses import Memory
-from .hooked_plan import is_hooked
+from .hooked.plan import is_hooked
 from .interfaces import TokenChunkedInterface
 from .newton import JACOBI, METHODS, SEQUENTIAL, Solve, default_tolerance, solve
 from .passes.insert import Owner, Program

@@ -17,7 +17,7 @@ from .cost import links, measure
 from .cost.advice import advise, rows, sweep
 from .cost.symbols import Workload
 from .errors import OptionError
-from .hooked_plan import is_hooked
+from .hooked.plan import is_hooked
 from .plan import Plan
 from .render.cost import Outlook, OutlookView, draw
 from .simulate import Link

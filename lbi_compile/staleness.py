@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from .errors import StaleCaptureError
-from .hooked_plan import is_hooked
+from .hooked.plan import is_hooked
 
 if TYPE_CHECKING:
     from .bounded import BoundedModule

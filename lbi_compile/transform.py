@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from . import engines, hooked
+from . import engines
 from .analysis import Analysis, analyse, locate
 from .bounded import BoundedModule
 from .calls import ShapeCheck
@@ -28,7 +28,8 @@ from .errors import (
     RegionsError,
 )
 from .forward import check_forward, refuse_forward
-from .hooked_plan import is_hooked
+from .hooked import building
+from .hooked.plan import is_hooked
 from .interfaces import CELLS, KINDS, Interface, build_interface, build_lanes
 from .lane_forms import lane_forms
 from .naming import batch_symbol
@@ -146,7 +147,7 @@ def plan(
     if found is None and options.credit is not None:
         raise no_graph(options.credit, refused)
     if found is None:
-        return hooked.analyse(model, fresh(inputs), options, refused)[0]
+        return building.analyse(model, fresh(inputs), options, refused)[0]
     return _analyse(model, found, options).plan
 
 
@@ -248,7 +249,7 @@ def _build(bounded: BoundedModule, inputs: Inputs) -> None:
         raise no_graph(options.credit, refused)
     if found is None:
         refuse_forward(bounded, hooked=True)
-        return hooked.build(bounded, inputs, refused)
+        return building.build(bounded, inputs, refused)
     analysis = _analyse(model, found, options)
     solved = {"forward": options.forward, "tol": options.tol, "max_iters": options.max_iters}
     analysis.plan = dataclasses.replace(analysis.plan, **solved)
@@ -275,11 +276,11 @@ def build_program(bounded: BoundedModule, inputs: Inputs) -> tuple[Program, Shap
     """Capture the model in its present mode for other inputs, and cut it at the places the plan names."""
     with undisturbed(bounded.source):
         if is_hooked(bounded.plan):
-            return hooked.build_program(bounded, inputs)  # pyright: ignore[reportReturnType]
+            return building.build_program(bounded, inputs)  # pyright: ignore[reportReturnType]
         try:
             found = captured(bounded, inputs)
         except CaptureError as error:
-            raise hooked.too_late(error) from error
+            raise building.too_late(error) from error
         analysis = locate(bounded.source, found, bounded.plan)
         check = _check(analysis, bounded.interface)
         check.raise_if_coupled(bounded.backward, forward=bounded.forward_method)

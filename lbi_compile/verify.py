@@ -10,7 +10,7 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from . import ablation, engines, hooked
+from . import ablation, engines
 from ._torch import pytree
 from .analysis import Analysis, locate
 from .auto import narrow
@@ -19,7 +19,8 @@ from .capture import Inputs, as_inputs, undisturbed
 from .credit.check import local_checks
 from .diagnostics import JacobianNorms, jacobian_norms
 from .forward_check import forward_check, solved_to
-from .hooked_plan import is_hooked
+from .hooked.building import checks as hooked_checks
+from .hooked.plan import is_hooked
 from .newton import SEQUENTIAL
 from .passes.axes import Verdict
 from .passes.validate import NOT_LATER
@@ -98,7 +99,7 @@ def verify(
     worst = sorted(errors.items(), key=lambda item: -item[1])[:5]
     max_error = max(errors.values(), default=float("inf"))
     if is_hooked(twin.plan):
-        leak, lanes, rest = hooked.checks(twin, wide)
+        leak, lanes, rest = hooked_checks(twin, wide)
         checks = (
             Check("gradients", max_error <= tolerance, f"{len(errors)} gradients, worst {max_error:.2e}, {note}"),
             Check("engine", ran.name == request, _engine_detail(asked, ran)),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lbi_compile import errors, plan, transform, verify
 from lbi_compile.capture import as_inputs
-from lbi_compile.hooked_blocks import NoBlocks, find_blocks
+from lbi_compile.hooked.blocks import NoBlocks, find_blocks
 from lbi_compile.passes.layouts import Layout
 from tests.hooked_models import (
     Block,

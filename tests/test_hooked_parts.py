@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from lbi_compile import transform
 from lbi_compile.capture import Inputs
-from lbi_compile.hooked_blocks import cut, free_cuts
-from lbi_compile.hooked_layout import canvas_layout
-from lbi_compile.hooked_lend import lent
-from lbi_compile.hooked_probe import positions, sees_later
-from lbi_compile.hooked_state import Places, hidden_of, with_hidden
+from lbi_compile.hooked.blocks import cut, free_cuts
+from lbi_compile.hooked.layout import canvas_layout
+from lbi_compile.hooked.lend import lent
+from lbi_compile.hooked.probe import positions, sees_later
+from lbi_compile.hooked.state import Places, hidden_of, with_hidden
 from lbi_compile.passes.layouts import Layout
 from tests.hooked_models import Branching, Hidden
 

@@ -12,7 +12,7 @@ from ..bounded import BoundedModule
 from ..capture import as_inputs, bind
 from ..credit.base import LocalCredit
 from ..errors import DistributedError, MeshError, NotBuiltError, OptionError, PlanError
-from ..hooked_plan import is_hooked
+from ..hooked.plan import is_hooked
 from ..interfaces import LanesInterface, TokenChunkedInterface
 from ..newton import SEQUENTIAL
 from ..passes.insert import Program

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from .capture import Inputs
-from .passes.layouts import Layout
+from ..capture import Inputs
+from ..passes.layouts import Layout
 
 _ALONG_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention)
 _ALONG_SECOND = (

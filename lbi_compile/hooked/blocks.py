@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .capture import Inputs
-from .hooked_state import Places, checkpointed, hidden_of, probing, recomputed_later, with_hidden
+from ..capture import Inputs
+from .state import Places, checkpointed, hidden_of, probing, recomputed_later, with_hidden
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 

@@ -1,8 +1,8 @@
 """The last rung of capture: a model that no graph can hold is cut between child modules, with opaque regions.
 
 ``transform`` comes here where ``torch.export`` refuses a model. Its own forward then runs, with a word in every call of
-the children of one list (``hooked_run``); which list that is, and where nothing but the hidden state passes
-from one child to the next, is measured by running it (``hooked_blocks``).
+the children of one list (``hooked.run``); which list that is, and where nothing but the hidden state passes
+from one child to the next, is measured by running it (``hooked.blocks``).
 
 What is measured is measured on the example inputs, and by gradients: a value without one, and the choice of branches,
 may depend on earlier regions however the model likes.
@@ -19,12 +19,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from . import engines
-from ._torch import pytree
-from .bounded import BoundedModule
-from .calls import ShapeCheck
-from .capture import Inputs, fresh
-from .errors import (
+from .. import engines
+from .._torch import pytree
+from ..bounded import BoundedModule
+from ..calls import ShapeCheck
+from ..capture import Inputs, fresh
+from ..errors import (
     CaptureError,
     EngineError,
     ExampleInputsError,
@@ -35,20 +35,20 @@ from .errors import (
     RegionsError,
     TooManyRegionsError,
 )
-from .hooked_blocks import Blocks, NoBlocks, cut, dependence, find_blocks, free_cuts
-from .hooked_layout import canvas_layout
-from .hooked_plan import is_hooked, reasons, write_plan
-from .hooked_probe import positions, sees_later
-from .hooked_run import HookedProgram
-from .hooked_state import in_mode, probing
-from .interfaces import Interface, ZeroInterface, build_interface, interface_class, tokens_per_chunk
-from .naming import class_name
-from .options import Options
-from .passes.layouts import Layout
-from .passes.validate import refuse_leak, settle_interface, settle_readout
-from .plan import PassRecord, Plan
-from .region import Region
-from .report import Check
+from ..interfaces import Interface, ZeroInterface, build_interface, interface_class, tokens_per_chunk
+from ..naming import class_name
+from ..options import Options
+from ..passes.layouts import Layout
+from ..passes.validate import refuse_leak, settle_interface, settle_readout
+from ..plan import PassRecord, Plan
+from ..region import Region
+from ..report import Check
+from .blocks import Blocks, NoBlocks, cut, dependence, find_blocks, free_cuts
+from .layout import canvas_layout
+from .plan import is_hooked, reasons, write_plan
+from .probe import positions, sees_later
+from .run import HookedProgram
+from .state import in_mode, probing
 
 
 class OpaqueRegion(Region):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import pytree
-from .hooked_state import probing
-from .passes.layouts import Layout
+from .._torch import pytree
+from ..passes.layouts import Layout
+from .state import probing
 
 # Runs the model on input leaves, with another canvas where one is given; gives its output and which blocks ran.
 Call = Callable[[list[Any], Tensor | None], tuple[Any, list[int]]]

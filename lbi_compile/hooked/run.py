@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import pytree, times_written
-from .errors import CaptureError, ReadoutError, ShapeNotCapturedError
-from .hooked_lend import lent
-from .hooked_state import Places, checkpointed, hidden_of, recomputed_later, with_hidden
-from .interfaces import Interface
-from .kernels import ops
-from .plan import Plan
+from .._torch import pytree, times_written
+from ..errors import CaptureError, ReadoutError, ShapeNotCapturedError
+from ..interfaces import Interface
+from ..kernels import ops
+from ..plan import Plan
+from .lend import lent
+from .state import Places, checkpointed, hidden_of, recomputed_later, with_hidden
 
 if TYPE_CHECKING:
-    from .bounded import BoundedModule
+    from ..bounded import BoundedModule
 
 # The runs this thread is inside of, innermost last. A block asks them only: in another thread, or where the model
 # itself is called beside the bounded one, it runs as ever.
@@ -30,7 +30,7 @@ _running: ContextVar[tuple[_Run, ...]] = ContextVar("running", default=())
 class HookedProgram:
     """Stands where a captured program would: runs the model with its blocks cut into regions.
 
-    For the length of a call every block has a ``forward`` of its own that asks the run first (``hooked_lend``). The
+    For the length of a call every block has a ``forward`` of its own that asks the run first (``hooked.lend``). The
     user's hooks on a block run around it, and so outside of a region that starts or ends there. Several threads may run
     the model at once; blocks that its forward calls from threads of its own are not followed.
 

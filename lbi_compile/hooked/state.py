@@ -14,8 +14,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from .capture import undisturbed
-from .errors import CaptureError
+from ..capture import undisturbed
+from ..errors import CaptureError
 
 
 def hidden_of(value: Any) -> Tensor | None:

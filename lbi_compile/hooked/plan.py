@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .capture import Inputs
-from .errors import CaptureError
-from .hooked_blocks import Blocks
-from .hooked_layout import named_shape
-from .naming import class_name
-from .passes.layouts import Layout
-from .plan import Decision, Part, Plan, Point, RegionPlan
+from ..capture import Inputs
+from ..errors import CaptureError
+from ..naming import class_name
+from ..passes.layouts import Layout
+from ..plan import Decision, Part, Plan, Point, RegionPlan
+from .blocks import Blocks
+from .layout import named_shape
 
 OPAQUE = "module"
 
