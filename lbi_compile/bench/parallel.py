@@ -40,6 +40,7 @@ class Line:
 
     Attributes:
         name: As in the table.
+        form: Short name of its closed form.
         baseline: The same in one process; empty for what runs in one itself.
         error: Largest relative error of a gradient, against one process.
         ok: It is small enough.
@@ -51,6 +52,7 @@ class Line:
     """
 
     name: str
+    form: str
     baseline: str
     error: float
     ok: bool
@@ -228,6 +230,7 @@ def meeting(cell: Mapping[str, Any], ranks: int) -> Meeting:
         lines.append(
             Line(
                 one["name"],
+                one["form"],
                 base,
                 one["error"],
                 one["error"] <= tolerance,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from lbi_compile.render.text import facts, seconds, size, times
 
+from .measure import Spread
 from .parallel import Line, Meeting
 
 
@@ -74,10 +75,11 @@ class RecordView:
         )
         for meeting in record.meetings:
             link = meeting.link
-            yield Text(f"\n{meeting.samples} samples", style="bold")
+            yield Text(f"\n{meeting.samples} sample{'s'[: meeting.samples > 1]}", style="bold")
             measured = f"link {size(link.bandwidth)}/s, {seconds(link.latency)} a message; while all ranks compute"
             yield Text(f"  measured: {measured}, each takes {times(meeting.crowding)} times as long", style="dim")
             yield _table(meeting)
+            yield from _beside_pipelines(meeting)
 
 
 def _limit(settings: Mapping[str, Any]) -> str:
@@ -95,6 +97,20 @@ def _table(meeting: Meeting) -> Table:
         took = Text("wrong" if line.seconds is None else seconds(line.seconds.median))
         table.add_row(f"  {line.name}", error, took, *_compared(line))
     return table
+
+
+def _beside_pipelines(meeting: Meeting) -> Iterator[Text]:
+    """How many times as fast as the best pipeline the schedules of regions are, round by round."""
+    pipes = [line for line in meeting.lines if line.form in ("gpipe", "1f1b") and line.seconds is not None]
+    regions = [line for line in meeting.lines if line.baseline and line.form not in ("one", "data", "gpipe", "1f1b")]
+    if not pipes:
+        return
+    best = min(pipes, key=lambda line: line.seconds.median if line.seconds else 0.0)
+    for line in regions:
+        if line.seconds is not None and best.seconds is not None:
+            found = Spread.of([b / a for a, b in zip(line.seconds.all, best.seconds.all, strict=True)])
+            spread = f"{times(found.median)} ({times(found.min)}-{times(found.max)})"
+            yield Text(f"  {line.name}: {spread} times as fast as the best pipeline, {best.name}", style="dim")
 
 
 def _compared(line: Line) -> tuple[Text, ...]:

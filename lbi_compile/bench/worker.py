@@ -21,17 +21,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from lbi_compile.cost import measure
-from lbi_compile.simulate import Link
+from lbi_compile.distributed.ranks import Ranks
 
+from . import controls
 from .check import judge
 from .contestants import Arena, Contestant
 from .stacks import Sizes
-
-# Bytes of the messages a link is measured by.
-SMALL, LARGE = 4, 2**20
-_TIMES = 15
-_CROWDS = 5
-
 
 def main(settings: dict[str, Any]) -> dict[str, Any]:
     """Run all batches; gives a record of this rank.
@@ -55,10 +50,13 @@ def _cell(sizes: Sizes, samples: int, mesh: Any, settings: dict[str, Any]) -> di
     contestants, models = _contestants(arena, settings)
     errors = {one.name: _error(one) for one in contestants}
     sent = {one.name: _all(one.sent) if not one.alone else 0.0 for one in contestants}
-    crowding = _crowding(contestants[0])
-    link, timings = _link(), {name: _timings(arena, model) for name, model in models.items()}
-    draw, order = random.Random(settings["seed"]), list(contestants)
-    seconds: dict[str, list[float]] = {one.name: [] for one in contestants}
+    idle = controls.idle_link(Ranks(mesh.get_group("region")), _everywhere)
+    fewest = max(1, samples // max(settings["micro_batches"], default=1))
+    timings = {name: _timings(arena, model, fewest) for name, model in models.items()}
+    draw, order = random.Random(settings["seed"]), [*contestants, *controls.controls(arena)]
+    for one in order:  # once before it counts
+        _time(one)
+    seconds: dict[str, list[float]] = {one.name: [] for one in order}
     for _ in range(settings["rounds"]):
         draw.shuffle(order)
         for one in order:
@@ -67,8 +65,8 @@ def _cell(sizes: Sizes, samples: int, mesh: Any, settings: dict[str, Any]) -> di
     worst = {name: max(errors[name], after[name]) for name in errors}
     return {
         "samples": samples,
-        "link": link._asdict(),
-        "crowding": crowding,
+        "link": controls.link(idle, seconds, dist.get_world_size())._asdict(),
+        "crowding": controls.crowding(seconds),
         "contestants": [
             {
                 "name": one.name,
@@ -123,7 +121,7 @@ def _everywhere(value: float) -> list[float]:
     return found
 
 
-def _time(one: Contestant) -> float:
+def _time(one: Contestant | controls.Control) -> float:
     """Seconds from when all ranks are there to when the last one is through."""
     dist.barrier()
     start = time.perf_counter()
@@ -132,47 +130,14 @@ def _time(one: Contestant) -> float:
     return max(_everywhere(time.perf_counter() - start))
 
 
-def _crowding(one: Contestant) -> float:
-    """How many times as long a computation takes while all ranks compute, as the first rank alone needs.
-
-    Ranks of one machine share its memory, its caches and, where there are fewer than ranks, its cores.
-    """
-    found = []
-    for _ in range(_CROWDS):
-        alone = _time(one)
-        dist.barrier()
-        start = time.perf_counter()
-        one.step()
-        found.append(max(_everywhere(time.perf_counter() - start)) / alone)
-    return max(1.0, sorted(found)[_CROWDS // 2])
-
-
-def _link() -> Link:
-    """Latency and bandwidth by which an all-reduce of this group takes what its closed form says."""
-    n = dist.get_world_size()
-    took = {}
-    for size in (SMALL, LARGE):
-        value, times = torch.zeros(size // 4), []
-        for _ in range(_TIMES + 1):
-            dist.barrier()
-            start = time.perf_counter()
-            dist.all_reduce(value)
-            times.append(time.perf_counter() - start)
-        # the least: whatever else the machine does only adds to it
-        took[size] = max(_everywhere(min(times[1:])))
-    rounds = 2 * (n - 1).bit_length()
-    moved = max(took[LARGE] - took[SMALL], 1e-9)
-    return Link(2 * (n - 1) / n * (LARGE - SMALL) / moved, took[SMALL] / rounds)
-
-
-def _timings(arena: Arena, bounded: Any) -> dict[str, Any] | None:
+def _timings(arena: Arena, bounded: Any, fewest: int) -> dict[str, Any] | None:
     """Numbers of the closed forms, measured on the first rank while the others wait."""
     made = None
     if arena.rank == 0:
         program = bounded.programs[-1]
         found = []
         # down to what a micro-batch has, so that what a pass takes whatever its batch is measured and not guessed
-        for samples in sorted({max(1, arena.samples // 4), max(2, arena.samples)}):
+        for samples in sorted({fewest, max(2, arena.samples)}):
             x, _ = arena.sizes.batch(samples, arena.seed + 1)
             found.append(measure.measure(bounded, program, [x]))
         letters = measure.sizes(bounded, program, [arena.x])

@@ -35,11 +35,13 @@ class Timing:
         forward: Median over rounds.
         backward: Likewise.
         kept: Bytes that its forward keeps for its backward, parameters not counted.
+        activations: Seconds of a backward that stops at what the part read; parameters get no gradient.
     """
 
     forward: float
     backward: float
     kept: int
+    activations: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class Measured:
         regions: One entry for each, without interfaces.
         head: From the last region to a loss.
         whole: The whole bounded model.
+        between: What combines latents between regions, on every device: the token interface's cells, or a scan.
     """
 
     samples: int
@@ -59,6 +62,7 @@ class Measured:
     regions: tuple[Timing, ...]
     head: Timing
     whole: Timing
+    between: Timing | None = None
 
     @property
     def dense(self) -> float:
@@ -88,12 +92,16 @@ def measure(bounded: BoundedModule, program: Program, leaves: Sequence[Any], *, 
         for _ in range(rounds + 1):
             readings.append(_parts(program, leaves))
             readings[-1].append(_whole(bounded, leaves))
-    stem, *regions, head, whole = (
-        Timing(statistics.median(r.forward for r in one), statistics.median(r.backward for r in one), one[-1].kept)
-        for one in zip(*readings[1:], strict=True)
-    )
+            readings[-1].append(_between(bounded, program, leaves))
+    stem, *regions, head, whole, between = (_median(one) for one in zip(*readings[1:], strict=True))
     samples = next((int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
-    return Measured(samples, stem, tuple(regions), head, whole)
+    return Measured(samples, stem, tuple(regions), head, whole, between)
+
+
+def _median(one: Sequence[Timing]) -> Timing:
+    seconds = (statistics.median(getattr(r, name) for r in one) for name in ("forward", "backward", "activations"))
+    forward, backward, activations = seconds
+    return Timing(forward, backward, one[-1].kept, activations)
 
 
 def _parts(program: Program, leaves: Sequence[Any]) -> list[Timing]:
@@ -138,6 +146,31 @@ def _whole(bounded: BoundedModule, leaves: Sequence[Any]) -> Timing:
     return _timed(run, lambda: held, weights, ())
 
 
+def _between(bounded: BoundedModule, program: Program, leaves: Sequence[Any]) -> Timing:
+    """The chain of the token interface's cells; nothing where latents are no regions' words."""
+    interface = bounded.interface
+    with torch.no_grad():
+        values: dict[str, Any] = dict(zip(program.inputs, leaves, strict=True))
+        program.prologue.run(values)
+        program.stem.run(values)
+        canvas = interface.fold(values[program.canvas])
+    shape = interface.latent_shape(tuple(canvas.shape)) if interface.splits and interface.latents else None
+    if shape is None or not all(isinstance(size, int) for size in shape):
+        return Timing(0.0, 0.0, 0)
+    dtype = next((p.dtype for p in interface.parameters()), canvas.dtype)
+    says = [torch.randn(shape, dtype=dtype, device=canvas.device).requires_grad_() for _ in range(interface.regions - 1)]
+    found: list[Tensor] = []
+
+    def run() -> None:
+        found.clear()
+        for k, z in enumerate(says):
+            found.append(interface.leave(k, m=found[-1] if found else None, h=z, z=z))
+
+    named = interface.named_parameters()
+    cells = [p for name, p in named if p.requires_grad and name.partition(".")[0] in interface.between]
+    return _timed(run, lambda: found, cells, says)
+
+
 def _timed(
     run: Callable[[], None], ends: Callable[[], list[Tensor]], weights: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> Timing:
@@ -158,10 +191,16 @@ def _timed(
     found = [end for end in ends() if end.requires_grad]
     asked = [value for value in (*weights, *inputs) if value.requires_grad]
     cotangents = [torch.ones_like(end) for end in found]
+    activations = 0.0
+    if found and inputs and weights:
+        begin = time.perf_counter()
+        torch.autograd.grad(found, inputs, cotangents, allow_unused=True, retain_graph=True)
+        activations = time.perf_counter() - begin
     begin = time.perf_counter()
     if found and asked:
         torch.autograd.grad(found, asked, cotangents, allow_unused=True)
-    return Timing(middle - start, time.perf_counter() - begin if found and asked else 0.0, sum(kept.values()))
+    backward = time.perf_counter() - begin if found and asked else 0.0
+    return Timing(middle - start, backward, sum(kept.values()), activations)
 
 
 def _leaf(value: Tensor) -> Tensor:
@@ -271,11 +310,19 @@ def _fitted(plan: Plan, found: dict[str, float], timings: Sequence[Measured]) ->
     made["u"] = max(each) * len(each) / sum(each)
     made["a"] = sum(region.kept for region in last.regions) / (L * last.samples)
     made["a_h"] = (last.stem.kept + last.head.kept) / last.samples
-    rate = RATES["cpu"]
-    made["o_c"] = CELL_OPS[plan.cell] * rate.forward
-    # what the bounded model takes beside the dense one, over its regions
-    extra = max(0.0, last.whole.forward + last.whole.backward - last.dense) / (1 + g)
-    made["o_i"] = extra / len(plan.regions)
+    activations = sum(region.activations for region in last.regions)
+    backward = sum(region.backward for region in last.regions)
+    if activations and backward:
+        made["x"] = min(1.0, activations / backward)
+    K, between = len(plan.regions), 0.0
+    made["o_c"] = CELL_OPS[plan.cell] * RATES["cpu"].forward
+    if last.between is not None and last.between.forward and K > 1:
+        between = last.between.forward + last.between.backward
+        flops = 2 * found["gamma"] * found["r"] ** 2 * last.samples * found["T"]
+        made["o_c"] = max(0.0, between / (1 + g) / (K - 1) - flops / s)
+    # what the bounded model takes beside the dense one and the cells, over its regions
+    extra = max(0.0, last.whole.forward + last.whole.backward - last.dense - between) / (1 + g)
+    made["o_i"] = extra / K
     return made
 
 
