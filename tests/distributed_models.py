@@ -33,6 +33,16 @@ FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "chunked-last-scan-stem": (
         "transformer", {"interface": "chunked", "readout": "last"}, {"engine": "scan", "reduce": "stem"},
     ),
+    "pooled-last-scan-head": ("mlp", {"interface": "pooled", "readout": "last"}, {"engine": "scan", "head": "last"}),
+    "pooled-last-chain-head-stem": (
+        "mlp", {"interface": "pooled", "readout": "last"}, {"engine": "chain", "reduce": "stem", "head": "last"},
+    ),
+    "chunked-last-tied-head-canvas": (
+        "gpt2", {"interface": "chunked", "readout": "last"}, {"engine": "scan", "reduce": "canvas", "head": "last"},
+    ),
+    "chunked-last-tied-head-stem": (
+        "gpt2", {"interface": "chunked", "readout": "last"}, {"engine": "chain", "reduce": "stem", "head": "last"},
+    ),
     "identity-scan": ("mlp", {"interface": "identity"}, {"engine": "scan"}),
     "zero": ("mlp", {"interface": "zero"}, {}),
     "self-pooled": ("mlp", {"interface": "self"}, {}),

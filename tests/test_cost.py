@@ -82,6 +82,22 @@ def test_last_readout_is_bounded_from_above(link):
         assert -EXACT < off("chain", work(n, K=K, rho=0.0), link) < 0.6
 
 
+@pytest.mark.parametrize("link", [FREE, NVLINK, HOME], ids=["free", "nvlink", "home"])
+@pytest.mark.parametrize(("n", "K", "M"), [(1, 4, 1), (2, 4, 1), (4, 4, 4), (4, 8, 2), (3, 6, 1), (8, 8, 1)])
+def test_head_on_the_last_device(n, K, M, link):
+    """Of the loss, nearly nothing is waited for but a message."""
+    numbers = work(n, K=K, M=M, rho=0.0, eta=1.0)
+    for name in ("chain", "scan"):
+        # the device that has the loss does not wait until the others have it, which forms take as waited for
+        message = math.ceil(math.log2(n)) * (link.latency + 4 / link.bandwidth) / FORMS[name](numbers, link).seconds
+        assert -EXACT < off(name, numbers, link) < message * 1.5 + EXACT, name
+        everywhere = dataclasses.replace(numbers, eta=0.0)
+        assert FORMS[name](numbers, link).sent <= FORMS[name](everywhere, link).sent
+        assert FORMS[name](numbers, HOME).seconds <= FORMS[name](everywhere, HOME).seconds
+    with pytest.raises(OptionError, match="reads all regions"):
+        work(n, K=K, eta=1.0)
+
+
 def test_uneven_regions_and_stages_are_bounded_from_above():
     numbers = work(4, K=4, M=4)
     shares = (0.4, 0.2, 0.2, 0.2)

@@ -28,6 +28,7 @@ from .check import judge
 from .contestants import Arena, Contestant
 from .stacks import Sizes
 
+
 def main(settings: dict[str, Any]) -> dict[str, Any]:
     """Run all batches; gives a record of this rank.
 

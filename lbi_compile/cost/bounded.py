@@ -5,7 +5,7 @@ a region with its interface on all samples, G = g F its backward, S and H forwar
 runs, and `Q(x)`, `A(x)` an all-gather and an all-reduce of x bytes. What the schedules share:
 
 * Readout. Summed, `A(B T D e)`, and every region has a cotangent of its own; of the last region, a broadcast of as
-  much, and no other has one.
+  much, and no other has one. With the head on the last device alone (eta = 1) the loss is all that is broadcast.
 * Canvas. Every region reads it. Its cotangents are summed over devices before the stem's backward, or the stem's
   gradients after it, whichever is less: `A(min(B T D, p_s) e)`.
 * Parts of an all-gather are as large as the largest, so that with regions that do not divide evenly, or of which the
@@ -33,6 +33,7 @@ from .symbols import (
     a_h,
     beta,
     e,
+    eta,
     g,
     gamma,
     n,
@@ -86,11 +87,15 @@ def _interfaces(flops: Expr) -> Expr:
 _canvas_back = Min(f.canvas, p_s * e)
 _ends = (1 + g) * (f.stem(B) + f.head(B))
 _end_flops = (1 + g) * n * B * (f.w_s + w_h)
+_heads = 1 - eta + eta / n  # heads a device runs, on average
+_pooled_ends = (1 + g) * (f.stem(B) + _heads * f.head(B))
+_pooled_end_flops = (1 + g) * n * B * (f.w_s + _heads * w_h)
 _layer_flops = B * L * f.w
 _latent = B * r * e
 _position_latent = B * T * r * e
-_readout = rho * f.reduce(f.canvas) + (1 - rho) * f.broadcast(f.canvas)
-_readout_sent = rho * f.reduce_sent(f.canvas) + (1 - rho) * f.broadcast_sent(f.canvas)
+_told = (1 - eta) * f.canvas + eta * e  # what the last device broadcasts
+_readout = rho * f.reduce(f.canvas) + (1 - rho) * f.broadcast(_told)
+_readout_sent = rho * f.reduce_sent(f.canvas) + (1 - rho) * f.broadcast_sent(_told)
 # Parameters of a device's regions, and of stem and head, which all devices have; what a backward keeps of them.
 _weights = z * e * (p * L / K * _q * u + p_s + p_h)
 _kept = B * (a * L / K * _q * u + a_h)
@@ -121,8 +126,8 @@ def _chain() -> Form:
         "LBI pooled, chain",
         BOUNDED,
         seconds=seconds,
-        busy=_ends + (1 + g) * M * K / n * _region(f.part, _POOLED_FLOPS, mean=True),
-        flops=(1 + g) * (_layer_flops + _interfaces(_POOLED_FLOPS)) + _end_flops,
+        busy=_pooled_ends + (1 + g) * M * K / n * _region(f.part, _POOLED_FLOPS, mean=True),
+        flops=(1 + g) * (_layer_flops + _interfaces(_POOLED_FLOPS)) + _pooled_end_flops,
         sent=2 * (n - 1) * _latent + _readout_sent + f.reduce_sent(_canvas_back),
         memory=_weights + _kept,
         refuses=_micro_batched,
@@ -138,7 +143,8 @@ def _scan() -> Form:
        cotangents of activations side by side. The device before the last begins them a device's forward and a message
        earlier than the last ends, and they run while the readout is summed: `max(readout, X - q F - alpha - B r e /
        (M beta))`. Between two devices the seed is the adjoint, and there are none.
-    3. `(1 + g) H` on all devices, and b, the cotangent that reaches a device's latent by the readout: `x G q`.
+    3. `(1 + g) H` on all devices, and b, the cotangent that reaches a device's latent by the readout: `x G q`. With the
+       head on the last device, the others' Jacobians run beside all of that.
     4. `Q(n B (r^2 + r) e)` of J and b, n - 1 of them needed; n - 1 steps of the scan on every device, of
        `o_c + 2 r^2 B / s`.
     5. `G q` on all devices, with the adjoints; the canvas; g S.
@@ -151,11 +157,14 @@ def _scan() -> Form:
     earlier = jacobians - _q * _region(f.part, _POOLED_FLOPS) - f.hop(_latent / M)
     exchanged = n * B * (r**2 + r) * e
     scan = (n - 1) * (o_c + 2 * r**2 * B / s)
+    heads = (1 + g) * f.head(B) + sympy.Piecewise((x * g * whole, n > 1), (0, True))
+    after_it = sympy.Piecewise((Max(_readout, earlier), n > 2), (_readout, True)) + heads
+    beside_it = sympy.Piecewise((Max(_readout + heads, earlier), n > 2), (_readout + heads, True))
     seconds = (
-        _ends
+        (1 + g) * f.stem(B)
         + _cascade(_region(f.part, _POOLED_FLOPS), _latent)
-        + sympy.Piecewise((Max(_readout, earlier), n > 2), (_readout, True))
-        + sympy.Piecewise((x * g * whole, n > 1), (0, True))
+        + (1 - eta) * after_it
+        + eta * beside_it
         + f.gather(exchanged)
         + scan
         + g * whole
@@ -164,7 +173,7 @@ def _scan() -> Form:
     mean = K / n * _region(B, _POOLED_FLOPS, mean=True)
     pulled = x * g * (rho * (n - 1) + 1 - rho) / n
     busy = (
-        _ends
+        _pooled_ends
         + M * K / n * _region(f.part, _POOLED_FLOPS, mean=True)
         + sympy.Piecewise((jacobians / (_q * u) * (K - _last) / n, n > 2), (0, True))
         + sympy.Piecewise((pulled * mean, n > 1), (0, True))
@@ -176,7 +185,7 @@ def _scan() -> Form:
         + sympy.Piecewise((pulled * (_layer_flops + _interfaces(_POOLED_FLOPS)), n > 1), (0, True))
         + sympy.Piecewise((x * g * r * _layer_flops * (K - _last) / K, n > 2), (0, True))
         + n * (n - 1) * 2 * r**2 * B
-        + _end_flops
+        + _pooled_end_flops
     )
     return Form(
         "scan",

@@ -158,7 +158,9 @@ def _between(bounded: BoundedModule, program: Program, leaves: Sequence[Any]) ->
     if shape is None or not all(isinstance(size, int) for size in shape):
         return Timing(0.0, 0.0, 0)
     dtype = next((p.dtype for p in interface.parameters()), canvas.dtype)
-    says = [torch.randn(shape, dtype=dtype, device=canvas.device).requires_grad_() for _ in range(interface.regions - 1)]
+    says = [
+        torch.randn(shape, dtype=dtype, device=canvas.device).requires_grad_() for _ in range(interface.regions - 1)
+    ]
     found: list[Tensor] = []
 
     def run() -> None:

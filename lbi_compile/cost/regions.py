@@ -80,10 +80,19 @@ class Regions:
         return made
 
     def readout(self, after: Sequence[int]) -> list[int]:
-        """The head's input on every device: a sum over all, or what the last one has."""
-        if self.work.rho == 1:
-            return self.graph.all_reduce(self.canvas, after)
-        return self.graph.broadcast(self.canvas, after, self.n - 1)
+        """The head's input on every device: a sum over all, or what the last one has; or the loss, of a head there."""
+        work, graph, last = self.work, self.graph, self.n - 1
+        if work.eta:
+            lossy = [*after[:-1], graph.compute(last, work.head(work.B), after=after[-1:])]
+            return graph.broadcast(work.e, lossy, last)
+        return graph.all_reduce(self.canvas, after) if work.rho == 1 else graph.broadcast(self.canvas, after, last)
+
+    def heads(self, after: Sequence[int]) -> list[int]:
+        """Forward and backward of the head on every device; or its backward, where the last one alone has it."""
+        work = self.work
+        if not work.eta:
+            return self.everywhere((1 + work.g) * work.head(work.B), after)
+        return [*after[:-1], self.graph.compute(self.n - 1, work.g * work.head(work.B), after=after[-1:])]
 
     @property
     def canvas(self) -> float:
@@ -114,8 +123,7 @@ def chain(work: Workload, link: Link, shares: Sequence[float] | None = None) -> 
     size = work.B * work.r * work.e
     made = regions.cascade(regions.everywhere(work.stem(work.B)), size)
     read = regions.readout([tasks[-1] for tasks in made])
-    heads = regions.everywhere((1 + work.g) * work.head(work.B), read)
-    made = regions.cascade(heads, size, back=True)
+    made = regions.cascade(regions.heads(read), size, back=True)
     return regions.end([tasks[-1] for tasks in made])
 
 
@@ -131,7 +139,7 @@ def scan(work: Workload, link: Link, shares: Sequence[float] | None = None) -> G
         for p in range(n - 1):
             seconds = x * g * sum(regions.shares[k] * each for k in regions.on[p])
             read[p] = graph.join([read[p], graph.compute(p, seconds, after=[ready[p]])])
-    told = regions.everywhere((1 + g) * work.head(work.B), read)
+    told = regions.heads(read)
     # the first device's latent comes from nobody; of the last region alone, no other device has a cotangent
     for p in range(1, n) if work.rho == 1 else range(max(n - 1, 1), n):
         told[p] = graph.compute(p, x * g * regions.device(p, work.B), after=[told[p]])

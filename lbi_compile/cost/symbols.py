@@ -31,7 +31,7 @@ g, x, u = _positive("g"), _positive("x"), _positive("u")
 p, p_s, p_h = _positive("p"), _positive("p_s"), _positive("p_h")
 p_c, p_v = _positive("p_c"), _positive("p_v")
 a, a_h = _positive("a"), _positive("a_h")
-e, z, gamma, rho, J = map(_positive, ("e", "z", "gamma", "rho", "J"))
+e, z, gamma, rho, eta, J = map(_positive, ("e", "z", "gamma", "rho", "eta", "J"))
 C, tau = _count("C"), _count("tau")
 MEANING: Mapping[Symbol, str] = {
     K: "regions",
@@ -69,6 +69,7 @@ MEANING: Mapping[Symbol, str] = {
     tau: "positions with logits of their own: T in a language model, 1 in a classifier",
     gamma: "gates of the token interface's cell: 1 linear, 6 GRU (three, each reading z and m)",
     rho: "1 where all regions are read out, near 0 where the last one is",
+    eta: "1 where the last device alone has the head of pooled latents, and sends the loss; 0 where all have it",
     J: "Jacobi sweeps of HBLL",
 }
 
@@ -79,7 +80,7 @@ class Workload:
 
     Attributes:
         K, r, B, T, D, L, n, M, s, w, w_s, w_h, o, o_s, o_h, o_i, o_c, g, x, u, p, p_s, p_h, p_c, p_v, a, a_h, e, z,
-            C, tau, gamma, rho, J: See :data:`MEANING`.
+            C, tau, gamma, rho, eta, J: See :data:`MEANING`.
 
     Example:
         >>> work = transformer(D=256, L=8, T=256, B=4, vocabulary=256, n=2)
@@ -120,6 +121,7 @@ class Workload:
     tau: int = 1
     gamma: float = 1.0
     rho: float = 1.0
+    eta: float = 0.0
     J: float = 0.0
 
     def __post_init__(self) -> None:
@@ -131,6 +133,12 @@ class Workload:
                     expected="a whole number from 1 on" if least else "a finite number from 0 on",
                     do="give such a number",
                 )
+        if self.eta and self.rho:
+            raise OptionError(
+                f"eta={self.eta!r} with rho={self.rho!r} (a head on the last device that reads all regions)",
+                expected="rho=0: a sum has a cotangent for the regions of every device",
+                do="leave eta out",
+            )
         if not self.s > 0:
             raise OptionError(f"s={self.s!r} ({MEANING[s]})", expected="a number above 0", do="measure it")
 

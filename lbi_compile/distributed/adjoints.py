@@ -112,7 +112,7 @@ class _Solve(Function):
         return None, None, grad.new_zeros(()), own, None if segment.after is None else adjoint
 
 
-def solve(call: Call, before: Tensor, after: Tensor | None, part: Tensor | None) -> Tensor:
+def solve(call: Call, before: Tensor, after: Tensor | None, part: Tensor | None) -> Tensor | None:
     """Read out what all ranks give, with a backward that solves the adjoints by a scan.
 
     Args:
@@ -122,12 +122,20 @@ def solve(call: Call, before: Tensor, after: Tensor | None, part: Tensor | None)
         part: What this rank gives to the readout; ``None`` where that is nothing.
 
     Returns:
-        What the head reads.
+        What the head reads; ``None`` where this rank has no head. Then the call's thread solves the adjoints.
     """
     ranks, summed = call.ranks, call.model.plan.readout == "sum"
     segment = _Segment(ranks, before, after, part)
     if after is not None:
         ranks.send(after.detach(), ranks.rank + 1, "latent")
+    if call.head_on_last:
+        if after is not None and ranks.size > 2:
+            segment.J = jacobian(after, before)
+        own = before.new_zeros(()) if part is None else part.detach()
+        total = _Solve.apply(segment, lambda: own, call.thread, part, after)
+        if part is None:
+            call.thread, total = total, None
+        return total
     if summed:
         assert part is not None
         waiting = ranks.start_all_reduce(part.detach(), "readout")

@@ -33,18 +33,22 @@ class Call:
     Attributes:
         values: By name; for uses outside of regions.
         regional: By name; for regions. Cotangents of what they share are added up over ranks.
+        key: The program and the shapes of the inputs: what is found out for them is kept by the model.
         thread: See ``links``.
         draws: Random numbers of the regions.
         reduce: ``"canvas"`` or ``"stem"``: which cotangents are added up.
+        head_on_last: The head runs on the last rank alone.
     """
 
     def __init__(self, model: RegionParallel, program: Program, leaves: list[Any]) -> None:
         self.model, self.program, self.ranks = model, program, model.ranks
         self.values: dict[str, Any] = dict(zip(program.inputs, leaves, strict=True))
+        self.key = id(program), tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))
         self.reduce = model.reduce
         self._lent: dict[int, Tensor] = {}
         self._run_stem(leaves)
-        self.draws = Draws(program, self.canvas.device)
+        self.head_on_last = model.placement.head_on_last
+        self.draws = Draws(program, self.canvas.device, head=self.head_on_last)
         self.regional[SOURCES] = [self.regional[program.canvas], *(self.regional.get(name) for name in program.shared)]
 
     @property
@@ -79,8 +83,7 @@ class Call:
 
         The stem is run once more for it, and nothing is left of that: a run that is resumed decides alike.
         """
-        model, program = self.model, self.program
-        key = id(program), tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))
+        model, program, key = self.model, self.program, self.key
         if key not in model.cheaper:
             buffers = [
                 getattr(owner, name) for piece in (program.prologue, program.stem) for owner, name in written(piece)
@@ -131,6 +134,8 @@ class Call:
         for region in self.program.regions:
             for piece in (region.body, region.finish):
                 read.update(dict.fromkeys(piece.inputs if piece is not None else ()))
+        if self.model.placement.head_on_last:  # one rank says what the head says, like a region's words
+            read.update(dict.fromkeys(self.program.head.inputs))
         values = ((name, self.values.get(name)) for name in read)
         return [name for name, value in values if isinstance(value, Tensor) and value.requires_grad]
 
@@ -145,6 +150,13 @@ class Call:
         return self._lent.get(id(value), value)
 
     def head(self, entry: Tensor) -> None:
-        """Run the head on what the readout gives."""
-        self.values[self.program.head_entry] = entry
-        self.program.head.run(self.values)
+        """Run the head on what the readout gives; on the last rank alone, it is run as region K."""
+        name, head = self.program.head_entry, self.program.head
+        self.values[name] = entry
+        if not self.head_on_last:
+            head.run(self.values)
+            return
+        values = {**self.regional, name: entry}
+        with self.region(len(self.program.regions)):
+            head.run(values)
+        self.values.update({output: values[output] for output in head.outputs})

@@ -13,9 +13,10 @@ from ..passes.insert import Program
 from ..passes.liveness import is_random
 
 
-def draws(program: Program) -> bool:
-    """Whether a region of the program draws random numbers."""
+def draws(program: Program, *, head: bool = False) -> bool:
+    """Whether a region of the program draws random numbers, or its head where that is asked too."""
     pieces = [piece for region in program.regions for piece in (region.body, region.finish) if piece is not None]
+    pieces += [program.head] if head else []
     return any(is_random(node) for piece in pieces for node in piece.code.graph.nodes)
 
 
@@ -29,11 +30,12 @@ class Draws:
     Args:
         program: What runs. If its regions draw nothing, nothing is drawn here.
         device: Where it runs.
+        head: The head draws here too, as region K.
     """
 
-    def __init__(self, program: Program, device: torch.device) -> None:
+    def __init__(self, program: Program, device: torch.device, *, head: bool = False) -> None:
         self.device = device
-        self.base = int(torch.randint(0, 2**62, (), device="cpu")) if draws(program) else None
+        self.base = int(torch.randint(0, 2**62, (), device="cpu")) if draws(program, head=head) else None
         self._runs: Counter[int] = Counter()
 
     @contextlib.contextmanager

@@ -22,7 +22,7 @@ from ..credit.replay import uncached
 from ..credit.sid import Sid
 from ..errors import DistributedError
 from ..passes.insert import OutputName, Program
-from . import links
+from . import links, outputs
 from .call import Call
 
 if TYPE_CHECKING:
@@ -154,19 +154,6 @@ class _Step:
             assert h is not None
             self.call.head(h)
             credit.conclude(self.outside, m)
-        names = [leaf.name for leaf in program.outputs if isinstance(leaf, OutputName)]
-        values = self.call.values
         if ranks.size > 1:
-            # their shapes are known on the last rank only
-            known = ranks.objects([_form(values[name]) for name in names] if ranks.last else None)[-1]
-            for name, form in zip(names, known, strict=True):
-                if isinstance(form, tuple):
-                    mine = values[name] if ranks.last else self.call.canvas.new_empty(form[0], dtype=form[1])
-                    values[name] = ranks.broadcast(mine, ranks.size - 1, "output")
-                else:
-                    values[name] = form
-        return [values[leaf.name] if isinstance(leaf, OutputName) else leaf for leaf in program.outputs]
-
-
-def _form(value: Any) -> Any:
-    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+            outputs.send(self.call, [leaf.name for leaf in program.outputs if isinstance(leaf, OutputName)])
+        return outputs.flat(self.call)

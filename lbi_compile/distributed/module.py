@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +14,12 @@ from ..bounded import BoundedModule
 from ..calls import ShapeCheck, call_signature
 from ..capture import Inputs, bind, describe_inputs
 from ..credit.base import LocalCredit
-from ..errors import DistributedError, ShapeNotCapturedError
-from ..passes.insert import OutputName, Program
+from ..errors import DistributedError, OptionError, ShapeNotCapturedError
+from ..passes.insert import Program
 from ..plan import Plan
 from ..region import Region
 from ..running import assemble
-from . import local
+from . import local, outputs
 from .call import Call
 from .placement import INTERFACE, Placement, Tree
 from .ranks import Ranks
@@ -35,7 +35,8 @@ class RegionParallel(nn.Module):
     It is called like the bounded model, on every rank with the same batch, and returns the same output on every rank.
     It holds the parameters of its own regions, and those that every rank holds (of the stem, the head, the cells of
     the token interface, and parameters that several ranks' regions share). Their names are those of the bounded model,
-    and the gradients of those held everywhere are the same, and the whole ones, on every rank.
+    and the gradients of those held everywhere are the same, and the whole ones, on every rank. With ``head="last"``
+    the head and what only it reads are on the last rank; outputs come from there, or no more than the loss (``loss``).
 
     Attributes:
         plan: How the model is cut.
@@ -74,6 +75,7 @@ class RegionParallel(nn.Module):
         for (key, _), (program, check) in bounded._known.items():
             self._known[key] = tree.rebind(program, device), check
         self.cheaper: dict[Any, str] = {}
+        self.known_outputs: dict[Any, Any] = {}
         self.steps = 0
         if self.credit is not None:
             for program, _ in self._known.values():
@@ -130,11 +132,52 @@ class RegionParallel(nn.Module):
         program = self._program(inputs)
         if self.credit is not None:
             return assemble(program, local.forward(self, program, inputs.leaves), (), ())
-        self._count()
-        call = Call(self, program, inputs.leaves)
-        call.head(side_by_side(call) if self.interface.parallel else in_turn(call))
-        flat = [call.values[leaf.name] if isinstance(leaf, OutputName) else leaf for leaf in program.outputs]
-        return assemble(program, flat, (), ())
+        call = self._run(program, inputs.leaves)
+        if call.head_on_last and self.ranks.size > 1:
+            outputs.send(call, outputs.of_head(call))
+        return assemble(program, outputs.flat(call), (), ())
+
+    def loss(self, *args: Any, criterion: Callable[[Any, Any], Tensor], target: Any = None, **kwargs: Any) -> Tensor:
+        """``criterion(model(...), target)``, computed where the head is: of a head on the last rank alone, no more than
+        the loss is sent.
+
+        It is not the forward that ``DistributedDataParallel`` watches: under it call the wrapper and take the loss of
+        its output. For FSDP2 name it by ``register_fsdp_forward_method(parallel, "loss")``.
+
+        Args:
+            args: What the model takes, like ``kwargs``.
+            criterion: Takes the output and the target, gives a scalar. It is not called on ranks without a head.
+            target: Its second argument.
+
+        Returns:
+            The same scalar on every rank, to be differentiated on every rank.
+
+        Raises:
+            DistributedError: The model has a local credit rule.
+            OptionError: The criterion gives no scalar.
+
+        Example:
+            >>> parallel = lbi_compile.distributed.parallelize(bounded, mesh, head="last")
+            >>> parallel.loss(x, criterion=torch.nn.functional.cross_entropy, target=y).backward()
+        """
+        if self.credit is not None:
+            raise DistributedError(
+                f"loss on a model with credit={self.credit.kind!r}, whose regions learn by objectives of their own",
+                expected="a model with exact credit",
+                do="use local_loss",
+            )
+        inputs = bind(self._form, args, kwargs)
+        program = self._program(inputs)
+        call = self._run(program, inputs.leaves)
+
+        def make() -> Tensor:
+            value = criterion(assemble(program, outputs.flat(call), (), ()), target)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise OptionError(f"a criterion that gives {shape}", expected="a scalar", do="take the mean or the sum")
+            return value.reshape(())
+
+        return outputs.send_loss(call, make) if call.head_on_last and self.ranks.size > 1 else make()
 
     def local_loss(self, *args: Any, target: Any, **kwargs: Any) -> Tensor:
         """The sum of the local objectives of all regions of all ranks, for ``credit="sid"`` and ``"hbll"``.
@@ -171,6 +214,15 @@ class RegionParallel(nn.Module):
             expected="losses on the output: what regions of other ranks give is not on this rank",
             do="train with auxiliary losses in one process, or move them into the model's output",
         )
+
+    def _run(self, program: Program, leaves: list[Any]) -> Call:
+        """A forward up to the head, and the head where it is here."""
+        self._count()
+        call = Call(self, program, leaves)
+        entry = side_by_side(call) if self.interface.parallel else in_turn(call)
+        if entry is not None:
+            call.head(entry)
+        return call
 
     def _count(self) -> None:
         self.steps += self.training and torch.is_grad_enabled()

@@ -66,12 +66,14 @@ class Placement:
         home: By name of a parameter or buffer the rank that holds it; ``None`` where every rank does.
         lent: Names of parameters that every rank holds and regions read: their gradients are added up.
         stem: Names of parameters the stem reads.
+        head_on_last: The head is on the last rank alone, as if it were a part of its last region.
     """
 
     counts: tuple[int, ...]
     home: dict[str, int | None]
     lent: tuple[str, ...]
     stem: tuple[str, ...]
+    head_on_last: bool = False
 
     def regions(self, rank: int) -> range:
         """The regions of a rank."""
@@ -83,20 +85,23 @@ class Placement:
         return self.home[name] in (None, rank)
 
 
-def place(bounded: BoundedModule, programs: Iterable[Program], counts: Sequence[int]) -> Placement:
+def place(
+    bounded: BoundedModule, programs: Iterable[Program], counts: Sequence[int], *, head_on_last: bool = False
+) -> Placement:
     """Find out who reads what.
 
     Args:
         bounded: The bounded model.
         programs: Its programs.
         counts: How many regions each rank has.
+        head_on_last: Put the head on the last rank alone.
     """
     rank_of = [rank for rank, number in enumerate(counts) for _ in range(number)]
     regions = range(len(rank_of))
     readers: dict[int, set[int | str]] = {}
     interface = bounded.interface
     for program in programs:
-        for where, piece in _pieces(program, interface):
+        for where, piece in _pieces(program, interface, head_on_last):
             for owner, name in piece.attributes:
                 readers.setdefault(id(getattr(owner, name)), set()).update(where)
     for name, value in _tensors(interface):
@@ -120,11 +125,11 @@ def place(bounded: BoundedModule, programs: Iterable[Program], counts: Sequence[
                 lent.setdefault(id(value), name)
             if STEM in where:
                 stem.setdefault(id(value), name)
-    return Placement(tuple(counts), home, tuple(lent.values()), tuple(stem.values()))
+    return Placement(tuple(counts), home, tuple(lent.values()), tuple(stem.values()), head_on_last)
 
 
-def _pieces(program: Program, interface: Interface) -> list[tuple[set[int | str], Piece]]:
-    head: set[int | str] = {HEAD}
+def _pieces(program: Program, interface: Interface, head_on_last: bool) -> list[tuple[set[int | str], Piece]]:
+    head: set[int | str] = {len(program.regions) - 1 if head_on_last else HEAD}
     if isinstance(interface, LocalCredit):
         head = set(interface.read_out)
     stem: set[int | str] = {STEM}

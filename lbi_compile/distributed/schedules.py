@@ -13,9 +13,14 @@ from .call import Call
 OUTPUT, LATENTS, ADJOINTS = "readout", "z", "b"
 
 
-def read_out(call: Call, part: Tensor | None) -> Tensor:
-    """What the head reads, from this rank's part: the sum of what its regions add, or the last region's output."""
+def read_out(call: Call, part: Tensor | None) -> Tensor | None:
+    """What the head reads, from this rank's part: the sum of what its regions add, or the last region's output.
+
+    ``None`` where this rank has no head.
+    """
     model, ranks = call.model, call.ranks
+    if call.head_on_last:
+        return part
     if model.plan.readout == "sum":
         assert part is not None
         total = part if ranks.size == 1 else links.add_up(ranks, OUTPUT, call.thread, part)
@@ -32,7 +37,7 @@ class Total:
 
     def __init__(self, call: Call) -> None:
         self.summed, self.last = call.model.plan.readout == "sum", len(call.model.plan.regions) - 1
-        self.dtype = call.canvas.dtype
+        self.dtype, self.own_head = call.canvas.dtype, call.head_on_last
         self.part: Tensor | None = None
 
     def add(self, k: int, h: Tensor, x: Tensor) -> None:
@@ -42,10 +47,10 @@ class Total:
             step = (h - x).to(self.dtype)
             self.part = step if self.part is None else self.part + step
         elif k == self.last:
-            self.part = h.to(self.dtype)
+            self.part = h if self.own_head else h.to(self.dtype)
 
 
-def side_by_side(call: Call) -> Tensor:
+def side_by_side(call: Call) -> Tensor | None:
     """Bodies read the canvas only (zero, self, token): all ranks run theirs at the same time.
 
     Where latents cross: one all_gather of z, the cells on every rank, and in the backward one all_gather of b and the
@@ -99,7 +104,7 @@ def _latent_like(interface: Interface, canvas: Tensor) -> Tensor:
     return folded.new_zeros((), dtype=weight.dtype).expand(shape)
 
 
-def in_turn(call: Call) -> Tensor:
+def in_turn(call: Call) -> Tensor | None:
     """Regions read the latent of the region before them (pooled, chunked, identity): rank after rank, by messages of
     one latent each. The backward is a chain of messages too, or a scan; see ``adjoints``."""
     model, program, ranks = call.model, call.program, call.ranks

@@ -26,6 +26,8 @@ from .ranks import Ranks
 REGION, DP = "region", "dp"
 REDUCTIONS = (AUTO, CANVAS, STEM)
 ENGINES = (engines.AUTO, engines.CHAIN, engines.SCAN)
+ALL, LAST = "all", "last"
+HEADS = (ALL, LAST)
 
 
 def parallelize(
@@ -35,6 +37,7 @@ def parallelize(
     example_inputs: Any = None,
     engine: str = "auto",
     reduce: str = "auto",
+    head: str = "all",
     device: torch.device | str | None = None,
 ) -> RegionParallel:
     """Spread the regions of a bounded model over the ranks of a device mesh.
@@ -58,6 +61,10 @@ def parallelize(
             ``"auto"``. Same gradients.
         reduce: What ranks add up in the backward: ``"canvas"`` cotangents, the ``"stem"``'s gradients, or ``"auto"``:
             whichever is smaller.
+        head: Where the head is, for a model whose last region alone is read out (``readout="last"``). ``"all"``: every
+            rank has it, and gets the last region's output. ``"last"``: the last rank alone has it and sends the
+            model's outputs to the others, which is less where outputs are smaller than the canvas (a classifier);
+            or, by ``RegionParallel.loss``, no more than the loss. Every rank still returns and differentiates the same.
         device: For a model on the meta device: where it is to run.
 
     Returns:
@@ -75,7 +82,7 @@ def parallelize(
         >>> parallel = lbi_compile.distributed.parallelize(bounded, mesh)
         >>> criterion(parallel(x), y).backward()
     """
-    for name, value, known in (("engine", engine, ENGINES), ("reduce", reduce, REDUCTIONS)):
+    for name, value, known in (("engine", engine, ENGINES), ("reduce", reduce, REDUCTIONS), ("head", head, HEADS)):
         if value not in known:
             raise OptionError(f"{name}={value!r}", expected=f"one of {', '.join(known)}", do="pass one of these")
     names = mesh.mesh_dim_names or ()
@@ -105,10 +112,10 @@ def parallelize(
             do=f"make a mesh with {len(plan.regions)} ranks or fewer, or transform with more regions",
         )
     programs = [program for program, _ in bounded._known.values()]
-    _refuse(bounded, programs)
+    _refuse(bounded, programs, head)
     raise_if_stale(bounded)
     counts = balanced([region.part.flops for region in plan.regions], ranks.size)
-    placement = place(bounded, programs, counts)
+    placement = place(bounded, programs, counts, head_on_last=head == LAST)
     chosen = _choose(bounded, ranks, engine)
     parallel = RegionParallel(bounded, mesh, ranks, placement, chosen, reduce, _device(bounded, programs, device))
     _agree(parallel)
@@ -167,8 +174,15 @@ def _compare(ranks: Ranks, digest: str) -> None:
         )
 
 
-def _refuse(bounded: BoundedModule, programs: list[Program]) -> None:
+def _refuse(bounded: BoundedModule, programs: list[Program], head: str) -> None:
     plan = bounded.plan
+    if head == LAST and (bounded.credit is not None or plan.readout != "last"):
+        found = f"readout={plan.readout!r}" if bounded.credit is None else f"credit={plan.credit!r}"
+        raise OptionError(
+            f'head="last" with {found}',
+            expected="a model whose head reads the last region: a sum has a cotangent for the regions of every rank",
+            do='leave head out, or transform with readout="last"',
+        )
 
     def refuse(found: str, expected: str, do: str) -> DistributedError:
         return DistributedError(found, expected=expected, do=do)
@@ -196,11 +210,12 @@ def _refuse(bounded: BoundedModule, programs: list[Program]) -> None:
             f"forward={bounded.forward_method!r}", "a sequential forward", 'transform with forward="sequential"'
         )
     last, canvas = plan.regions[-1].end, plan.canvas
-    if bounded.credit is None and plan.readout == "last" and (last.shape, last.dtype) != (canvas.shape, canvas.dtype):
+    sent = bounded.credit is None and plan.readout == "last" and head == ALL
+    if sent and (last.shape, last.dtype) != (canvas.shape, canvas.dtype):
         raise refuse(
             f"a last region that gives {last.dtype} {list(last.shape)} beside a canvas {list(canvas.shape)}",
             "an output in the canvas's shape, which ranks know beforehand",
-            "name boundaries so that pooling and the classifier belong to the head",
+            'name boundaries so that pooling and the classifier belong to the head, or pass head="last"',
         )
     for program in programs:
         inside = {name for region in program.regions for piece in (region.body, region.finish) if piece is not None
