@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
+import sys
 
 import pytest
 
@@ -35,11 +36,14 @@ def test_gradients_agree_and_bytes_are_those_of_the_forms():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("readout", ["sum", "last"])
-def test_classifier_with_pooled_latents_on_four_ranks(readout):
-    sizes = Sizes("classifier", layers=4, width=32, length=16, classes=10, regions=4, r=4, readout=readout)
+@pytest.mark.parametrize(
+    ("kind", "readout", "head"),
+    [("classifier", "sum", "all"), ("classifier", "last", "all"), ("lean", "last", "last")],
+)
+def test_classifier_with_pooled_latents_on_four_ranks(kind, readout, head):
+    sizes = Sizes(kind, layers=4, width=32, length=16, classes=10, regions=4, r=4, readout=readout)
     for ranks in (2, 4):
-        (meeting,) = parallel.run(sizes, ranks=ranks, batches=[4], names=["pooled", "sid"], rounds=1)
+        (meeting,) = parallel.run(sizes, ranks=ranks, batches=[4], names=["pooled", "sid"], rounds=1, head=head)
         assert meeting.ok
         for line in meeting.lines:
             if readout == "sum" or ranks == 2:  # rings count a broadcast once, trees once for every receiver
@@ -63,6 +67,46 @@ def test_a_limited_link_is_slow_and_goes_away():
     assert subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout == before
 
 
+_ECHO = """
+import socket, sys
+with socket.create_server((sys.argv[1], 5555)) as server, server.accept()[0] as client:
+    while client.recv(1):
+        client.sendall(b".")
+"""
+_ASK = """
+import socket, sys, time
+for _ in range(200):
+    try:
+        there = socket.create_connection((sys.argv[1], 5555))
+        break
+    except OSError:
+        time.sleep(0.1)
+there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+start = time.perf_counter()
+for _ in range(5):
+    there.sendall(b".")
+    there.recv(1)
+print(time.perf_counter() - start)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(slowlink.why_not() is not None, reason=str(slowlink.why_not()))
+@pytest.mark.parametrize("mbit", [None, 100.0])
+def test_messages_are_held_back(mbit):
+    with slowlink.limited(2, mbit, 0.03) as (here, there):
+        echo = subprocess.Popen([*here.prefix, sys.executable, "-c", _ECHO, here.address])
+        try:
+            asked = [*there.prefix, sys.executable, "-c", _ASK, here.address]
+            took = float(subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout)
+        finally:
+            echo.kill()
+            echo.wait()
+    assert took >= 5 * 2 * 0.03
+    with slowlink.limited(2, mbit) as (here, there):
+        assert here.address != there.address
+
+
 def test_no_speed_where_a_gradient_is_wrong():
     work = transformer(D=32, L=4, T=16, B=2, vocabulary=256, n=2, K=4, r=4)
     numbers = dataclasses.asdict(work)
@@ -71,8 +115,8 @@ def test_no_speed_where_a_gradient_is_wrong():
         {"name": "GPipe, 1 micro", "form": "gpipe", "baseline": "dense, one process", "error": 0.5, "sent": 1.0},
     ]
     for one in contestants:
-        one |= {"micro_batches": 1, "seconds": [1.0, 2.0]}
-    cell = {
+        one |= {"micro_batches": 1, "head_on_last": False, "seconds": [1.0, 2.0]}
+    cell: dict = {
         "samples": 2,
         "link": {"bandwidth": 1e9, "latency": 1e-4},
         "crowding": 1.5,
@@ -88,13 +132,18 @@ def test_no_speed_where_a_gradient_is_wrong():
     line = meeting.lines[1]
     assert line.ratio is not None
     assert line.ratio.all == (2.0, 0.5)
-    settings = {**SMALL._asdict(), "ranks": 2, "rounds": 2, "mbit": 100.0}
+    settings = {**SMALL._asdict(), "ranks": 2, "rounds": 2}
+    for one in contestants:
+        one["seconds"] = [3 * second for second in one["seconds"]]
+    slow = dataclasses.replace(parallel.meeting(cell, 2), mbit=100.0, delay=0.02)
     record = parallel_view.Record(
-        "lbi-compile bench parallel lm", "now", {"processor": "X", "cores": 2}, {}, settings, (meeting,)
+        "lbi-compile bench parallel lm", "now", {"processor": "X", "cores": 2}, {}, settings, (meeting, slow)
     )
     page = plain(parallel_view.RecordView(record), 80)
     assert max(map(len, page.splitlines())) <= 80
-    assert "links limited to 100 Mb/s" in page
+    assert "2 samples, links limited to 100 Mb/s, 20.0 ms later" in page
+    assert "what a step loses by links limited to 100 Mb/s" in page
+    assert "+200%" in page
     assert "0.50-2.00" in page
     assert "!=" in page
 
@@ -111,6 +160,8 @@ def test_crowding_counts_where_ranks_compute_at_the_same_time():
 def test_what_does_not_fit_is_refused(tmp_path, capsys):
     with pytest.raises(OptionError, match="nonsense"):
         parallel.run(SMALL, ranks=2, batches=[1], names=["nonsense"])
+    with pytest.raises(OptionError, match="say --readout last"):
+        parallel.run(SMALL, ranks=2, batches=[1], names=["token"], head="last")
     with pytest.raises(OptionError, match="5 ranks"):
         parallel.run(SMALL, ranks=5, batches=[1], names=["token"])
     assert cli.main(["bench", "parallel", "lm", "--layers", "6", "--regions", "4"]) == 2

@@ -72,7 +72,11 @@ def add(command: argparse.ArgumentParser, *, positive: Callable[[str], int], ove
             option(parser, name, positive, None, meta, f"{text}; by default what the case is known for")
 
     parallel = add_one("parallel", "training on several processes by every schedule, beside the planner's closed forms")
-    parallel.add_argument("case", choices=("lm", "classifier"), help="transformer to train")
+    parallel.add_argument(
+        "case",
+        choices=("lm", "classifier", "lean"),
+        help="what to train: a transformer, or one with few FLOPs for each byte that pipelines send (lean)",
+    )
     option(parallel, "ranks", positive, 2, "N", "processes, of one thread each")
     option(parallel, "batch", numbers, (1, 2, 8), "B,B", "samples")
     option(parallel, "micro-batches", numbers, (1, 2, 4, 8), "M,M", "of pipelines")
@@ -88,7 +92,10 @@ def add(command: argparse.ArgumentParser, *, positive: Callable[[str], int], ove
         option(parallel, name, positive, default, meta, text)
     option(parallel, "readout", str, "auto", "NAME", "of pooled and chunked latents: last, sum or auto")
     option(parallel, "reduce", str, "auto", "NAME", "what ranks add up: canvas, stem or auto")
-    option(parallel, "mbit", float, None, "X", "limit every rank's link to X Mb/s; needs root and iproute2")
+    option(parallel, "head", str, "all", "NAME", "of pooled and chunked latents, read out last: on all ranks or last")
+    limits = "limit ranks' links to X Mb/s, one speed after another, none for no limit; needs root and iproute2"
+    option(parallel, "mbit", _speeds, None, "X,X", limits)
+    option(parallel, "delay", float, 0.0, "MS", "milliseconds by which limited links hold messages back")
     option(parallel, "seed", int, 0, "N", "of all random numbers")
     option(parallel, "json", Path, None, "OUT", "write the record, every round of it, to this file")
 
@@ -98,3 +105,7 @@ def add(command: argparse.ArgumentParser, *, positive: Callable[[str], int], ove
         option(parser, "seed", int, 0, "N", "of all random numbers")
         option(parser, "json", Path, None, "OUT", "write the record, every round of it, to this file")
         option(parser, "plot", Path, None, "OUT.png", "draw the medians, with matplotlib")
+
+
+def _speeds(text: str) -> tuple[float | None, ...]:
+    return tuple(None if part == "none" else float(part) for part in text.split(","))

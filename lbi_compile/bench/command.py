@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -174,22 +175,31 @@ def _transform(options: argparse.Namespace) -> tuple[transform.Cost, ...]:
 def _parallel(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     from . import parallel, parallel_view, slowlink  # sympy and torch.distributed take a while to import
 
-    names = options.variants or [name for name in parallel.NAMES if name != parallel.OTHERS[options.case]]
+    names = options.variants or [name for name in parallel.NAMES if name not in parallel.OTHERS[options.case]]
     sizes = parallel.sizes(options.case, **{name: getattr(options, name) for name in parallel.ASKED})
     given = {"ranks": options.ranks, "batches": options.batch, "names": names, "rounds": options.rounds}
-    given |= {"micro_batches": options.micro_batches, "seed": options.seed, "reduce": options.reduce}
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    if options.mbit is None:
+    given |= {
+        "micro_batches": options.micro_batches,
+        "seed": options.seed,
+        "reduce": options.reduce,
+        "head": options.head,
+    }
+    date, delay = datetime.now(UTC).isoformat(timespec="seconds"), options.delay / 1e3
+    if options.mbit is None and not delay:
         meetings = parallel.run(sizes, **given)
     else:
-        with slowlink.limited(options.ranks, options.mbit) as places:
-            meetings = parallel.run(sizes, **given, places=places)
+        meetings = ()
+        for mbit in options.mbit or (None,):
+            held = 0.0 if mbit is None and options.mbit else delay  # a free link to compare with has no delay
+            with slowlink.limited(options.ranks, mbit, held) as places:
+                found = parallel.run(sizes, **given, places=places)
+            meetings += tuple(dataclasses.replace(one, mbit=mbit, delay=held) for one in found)
     record = parallel_view.Record(
         shlex.join(["lbi-compile", *arguments]),
         date,
         environment.machine(torch.device("cpu")),
         environment.versions(),
-        {**sizes._asdict(), **given, "mbit": options.mbit},
+        {**sizes._asdict(), **given},
         meetings,
     )
     show(parallel_view.RecordView(record))

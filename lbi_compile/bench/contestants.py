@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ class Contestant(NamedTuple):
         gradients: Those of this rank after a step, by name.
         expected: What they should be.
         sent: Runs a step and gives the bytes this rank sends in it, as rings would.
+        head_on_last: The last rank alone has the head.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Contestant(NamedTuple):
     gradients: Callable[[], Gradients]
     expected: Gradients
     sent: Callable[[], float]
+    head_on_last: bool = False
 
 
 class Arena:
@@ -96,12 +99,17 @@ class Arena:
             f"{name}, one process", _FORM[name], "", 1, True, step, lambda: _grads(bounded), expected, lambda: 0.0
         )
 
-    def spread(self, name: str, bounded: lbi_compile.BoundedModule, *, reduce: str = "auto") -> Contestant:
-        """Its regions on all ranks."""
+    def spread(
+        self, name: str, bounded: lbi_compile.BoundedModule, *, reduce: str = "auto", head: str = "all"
+    ) -> Contestant:
+        """Its regions on all ranks; ``head`` is for those that hand latents on."""
         whole = self._once(bounded, self._loss(name, bounded))
+        last = head == "last" and name in LATENTS
         with bounded.with_engine("autograd"):
-            parallel = parallelize(bounded, self.mesh, reduce=reduce)
+            parallel = parallelize(bounded, self.mesh, reduce=reduce, head=head if last else "all")
         loss = self._loss(name, parallel)
+        if last:
+            loss = functools.partial(parallel.loss, self.x, criterion=cross_entropy, target=self.y)
 
         def step() -> None:
             parallel.zero_grad()
@@ -125,6 +133,7 @@ class Arena:
             lambda: _grads(parallel),
             expected,
             sent,
+            last,
         )
 
     def replicas(self) -> Contestant | None:

@@ -23,11 +23,11 @@ from lbi_compile.simulate import Link
 from .check import TOLERANCE
 from .measure import Spread
 from .slowlink import Place
-from .stacks import CLASSIFIER, LM, Sizes
+from .stacks import CLASSIFIER, LEAN, LM, Sizes
 
 NAMES = ("token", "pooled", "chunked", "sid", "ddp", "gpipe", "1f1b")
 # Of the two latents for regions that follow each other, the one that does not suit a case: it would leak, or look back.
-OTHERS = {LM: "pooled", CLASSIFIER: "chunked"}
+OTHERS = {LM: ("pooled",), CLASSIFIER: ("chunked",), LEAN: ("chunked",)}
 # What of a stack's sizes is asked for.
 ASKED = ("layers", "width", "length", "regions", "r", "readout")
 # Seconds in which a rank has to answer another one.
@@ -72,12 +72,16 @@ class Meeting:
         link: As measured among the ranks.
         crowding: How many times as long ranks take while all of them compute, as one does alone.
         lines: The schedules.
+        mbit: Megabits per second that links were limited to; ``None`` where they were not.
+        delay: Seconds by which messages were held back.
     """
 
     samples: int
     link: Link
     crowding: float
     lines: tuple[Line, ...]
+    mbit: float | None = None
+    delay: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -107,6 +111,7 @@ def run(
     rounds: int = 10,
     seed: int = 0,
     reduce: str = "auto",
+    head: str = "all",
     places: Sequence[Place] = (),
     timeout: float = TIMEOUT,
 ) -> tuple[Meeting, ...]:
@@ -121,6 +126,7 @@ def run(
         rounds: How often each schedule has its turn.
         seed: Of the model, the data and the order.
         reduce: As for ``parallelize``.
+        head: As for ``parallelize``, of latents that cross from region to region.
         places: Where ranks run; by default all here.
         timeout: Seconds after which a rank that does not answer is given up.
 
@@ -134,6 +140,12 @@ def run(
             expected=f"some of {', '.join(NAMES)}, and from 2 to {sizes.regions} ranks",
             do="name those",
         )
+    if head == "last" and sizes.readout != "last":
+        raise OptionError(
+            f"head='last' with readout={sizes.readout!r}",
+            expected="a readout of the last region",
+            do="say --readout last",
+        )
     settings = {
         "sizes": sizes._asdict(),
         "batches": list(batches),
@@ -142,6 +154,7 @@ def run(
         "rounds": rounds,
         "seed": seed,
         "reduce": reduce,
+        "head": head,
         "timeout": timeout,
     }
     record = _launch(settings, list(places) or [Place()] * ranks, timeout)
@@ -220,7 +233,7 @@ def meeting(cell: Mapping[str, Any], ranks: int) -> Meeting:
         ratio = predicted = None
         form_sent = 0.0
         if work is not None and not alone:
-            here = dataclasses.replace(work, n=ranks, M=one["micro_batches"])
+            here = dataclasses.replace(work, n=ranks, M=one["micro_batches"], eta=float(one["head_on_last"]))
             form = FORMS[one["form"]]
             before = FORMS["one" if name == "dense" else one["form"]](dataclasses.replace(work, n=1, M=1), link)
             estimate = form(here, link)

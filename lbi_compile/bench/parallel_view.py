@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class RecordView:
                 ("model", sizes),
                 (
                     "run",
-                    f"{settings['ranks']} ranks of one thread, {settings['rounds']} rounds" + _limit(settings),
+                    f"{settings['ranks']} ranks of one thread, {settings['rounds']} rounds",
                 ),
                 ("ratios", "one process over ranks, same model, within each round: median, below it least-largest"),
                 ("form", "the same ratio by closed forms, of parts and link as measured in this run"),
@@ -75,15 +75,42 @@ class RecordView:
         )
         for meeting in record.meetings:
             link = meeting.link
-            yield Text(f"\n{meeting.samples} sample{'s'[: meeting.samples > 1]}", style="bold")
+            samples = f"{meeting.samples} sample{'s'[: meeting.samples > 1]}"
+            yield Text(f"\n{samples}{_limit(meeting)}", style="bold")
             measured = f"link {size(link.bandwidth)}/s, {seconds(link.latency)} a message; while all ranks compute"
             yield Text(f"  measured: {measured}, each takes {times(meeting.crowding)} times as long", style="dim")
             yield _table(meeting)
             yield from _beside_pipelines(meeting)
+        yield from _lost(record.meetings)
 
 
-def _limit(settings: Mapping[str, Any]) -> str:
-    return "" if settings["mbit"] is None else f", links limited to {settings['mbit']:g} Mb/s"
+def _limit(meeting: Meeting) -> str:
+    speed = "" if meeting.mbit is None else f", links limited to {meeting.mbit:g} Mb/s"
+    return speed + (f", {seconds(meeting.delay)} later" if meeting.delay else "")
+
+
+def _lost(meetings: Sequence[Meeting]) -> Iterator[Text | Table]:
+    """What the slower links cost each schedule, beside the first ones."""
+    for samples in dict.fromkeys(meeting.samples for meeting in meetings):
+        first, *others = [meeting for meeting in meetings if meeting.samples == samples]
+        for other in others:
+            yield Text(f"\n{samples} samples: what a step loses by{_limit(other).removeprefix(',')}", style="bold")
+            table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+            for i in range(6):
+                table.add_column(justify="right" if i else "left", no_wrap=True)
+            heads = ("  schedule", "before", "after", "lost", "form", "sent")
+            table.add_row(*(Text(head, style="dim") for head in heads))
+            found = {line.name: line for line in first.lines}
+            for line in other.lines:
+                before = found[line.name]
+                if line.baseline and line.seconds is not None and before.seconds is not None:
+                    cells = (seconds(before.seconds.median), seconds(line.seconds.median))
+                    lost = f"{line.seconds.median / before.seconds.median - 1:+.0%}"
+                    form = ""
+                    if line.predicted is not None and before.predicted is not None:
+                        form = f"{before.predicted / line.predicted - 1:+.0%}"
+                    table.add_row(f"  {line.name}", *cells, lost, form, size(line.sent))
+            yield table
 
 
 def _table(meeting: Meeting) -> Table:

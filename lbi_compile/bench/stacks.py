@@ -11,18 +11,35 @@ from torch import Tensor, nn
 
 from lbi_compile.demo_model import TransformerBlock
 
-LM, CLASSIFIER = "lm", "classifier"
-KINDS = (LM, CLASSIFIER)
+LM, CLASSIFIER, LEAN = "lm", "classifier", "lean"
+KINDS = (LM, CLASSIFIER, LEAN)
+
+
+class LeanBlock(nn.Module):
+    """`x + gelu(W norm(x))`, one `D x D` matrix and no attention: far fewer FLOPs for each byte of activations than a
+    transformer's block has, so that a slow link is felt by whoever sends activations. Made for that, and named so.
+
+    Args:
+        width: Width D.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.gelu(self.linear(self.norm(x)))
 
 
 class Stack(nn.Module):
     """`head(blocks(stem(x)))`, a transformer of ``layers`` blocks with nothing tied.
 
     ``"lm"`` reads tokens `[B, T]` and predicts one of ``classes`` at every position, causally; ``"classifier"`` reads
-    patches `[B, T, P]` of 16 numbers and predicts one class for a sample.
+    patches `[B, T, P]` of 16 numbers and predicts one class for a sample; so does ``"lean"``, whose blocks are
+    :class:`LeanBlock`.
 
     Args:
-        kind: ``"lm"`` or ``"classifier"``.
+        kind: ``"lm"``, ``"classifier"`` or ``"lean"``.
         layers: Number of blocks L.
         width: Width D.
         length: Positions T.
@@ -38,7 +55,10 @@ class Stack(nn.Module):
         # fixed: a table that is trained would be most of a small stem, whose gradients some schedules send
         self.register_buffer("position", torch.randn(length, width) * 0.02)
         heads = max(1, width // 32)
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads=heads, causal=kind == LM) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            LeanBlock(width) if kind == LEAN else TransformerBlock(width, heads=heads, causal=kind == LM)
+            for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
@@ -90,7 +110,7 @@ class Sizes(NamedTuple):
     """Sizes of a stack and of its cut.
 
     Attributes:
-        kind: ``"lm"`` or ``"classifier"``.
+        kind: ``"lm"``, ``"classifier"`` or ``"lean"``.
         layers: L.
         width: D.
         length: T.

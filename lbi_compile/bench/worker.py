@@ -34,7 +34,7 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         settings: ``sizes`` (fields of ``Sizes``), ``batches``, ``names``, ``micro_batches``, ``rounds``, ``seed``,
-            ``reduce``, ``timeout`` in seconds.
+            ``reduce``, ``head``, ``timeout`` in seconds.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=settings["timeout"]))
@@ -74,6 +74,7 @@ def _cell(sizes: Sizes, samples: int, mesh: Any, settings: dict[str, Any]) -> di
                 "form": one.form,
                 "baseline": one.baseline,
                 "micro_batches": one.micro_batches,
+                "head_on_last": one.head_on_last,
                 "error": worst[one.name],
                 "sent": sent[one.name],
                 "seconds": seconds[one.name],
@@ -87,11 +88,11 @@ def _cell(sizes: Sizes, samples: int, mesh: Any, settings: dict[str, Any]) -> di
 def _contestants(arena: Arena, settings: dict[str, Any]) -> tuple[list[Contestant], dict[str, Any]]:
     names: Sequence[str] = settings["names"]
     found: list[Contestant | None] = [arena.one_dense()]
-    models = {}
+    models, given = {}, {name: settings[name] for name in ("reduce", "head")}
     for name in ("token", "pooled", "chunked", "sid"):
         if name in names:
             bounded = models[name] = arena.bounded(name)
-            found += [arena.one_bounded(name, bounded), arena.spread(name, bounded, reduce=settings["reduce"])]
+            found += [arena.one_bounded(name, bounded), arena.spread(name, bounded, **given)]
     if "ddp" in names:
         found.append(arena.replicas())
     for kind in ("gpipe", "1f1b"):
