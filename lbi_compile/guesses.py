@@ -53,18 +53,27 @@ class Memory:
         self._last: Tensor | None = None  # [K - 1, ..., R]
         self._seen: _Seen | None = None
 
-    def guess(self, leaves: list[Any], first: Callable[[], tuple[Tensor, Tensor]], latents: int) -> Tensor:
+    def guess(
+        self,
+        leaves: list[Any],
+        first: Callable[[], tuple[Tensor, Tensor]],
+        latents: int,
+        *,
+        agree: Callable[[bool], bool] = bool,
+    ) -> Tensor:
         """A guess of all latents.
 
         Args:
             leaves: Inputs of the call.
             first: Computes `m_1`, `[..., R]`, and the canvas, `[B, ..., D]`.
             latents: How many there are.
+            agree: Is told whether the inputs are those of the call before, and says what all who guess are to take.
 
         Returns:
             `[K - 1, ..., R]`, in float32 where latents have fewer bits.
         """
-        if self._last is not None and self._seen is not None and self._seen.same(leaves):
+        if agree(self._seen is not None and self._seen.same(leaves)):
+            assert self._last is not None
             self._features = None
             return self._last
         start, canvas = first()

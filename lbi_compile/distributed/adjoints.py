@@ -112,7 +112,9 @@ class _Solve(Function):
         return None, None, grad.new_zeros(()), own, None if segment.after is None else adjoint
 
 
-def solve(call: Call, before: Tensor, after: Tensor | None, part: Tensor | None) -> Tensor | None:
+def solve(
+    call: Call, before: Tensor, after: Tensor | None, part: Tensor | None, *, known: bool = False
+) -> Tensor | None:
     """Read out what all ranks give, with a backward that solves the adjoints by a scan.
 
     Args:
@@ -120,13 +122,14 @@ def solve(call: Call, before: Tensor, after: Tensor | None, part: Tensor | None)
         before: The latent that entered this rank's regions.
         after: The latent that leaves them, to be sent; ``None`` on the last rank.
         part: What this rank gives to the readout; ``None`` where that is nothing.
+        known: The next rank knows the latent already.
 
     Returns:
         What the head reads; ``None`` where this rank has no head. Then the call's thread solves the adjoints.
     """
     ranks, summed = call.ranks, call.model.plan.readout == "sum"
     segment = _Segment(ranks, before, after, part)
-    if after is not None:
+    if after is not None and not known:
         ranks.send(after.detach(), ranks.rank + 1, "latent")
     if call.head_on_last:
         if after is not None and ranks.size > 2:

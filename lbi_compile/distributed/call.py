@@ -31,6 +31,7 @@ class Call:
         leaves: The call's inputs.
 
     Attributes:
+        leaves: The call's inputs.
         values: By name; for uses outside of regions.
         regional: By name; for regions. Cotangents of what they share are added up over ranks.
         key: The program and the shapes of the inputs: what is found out for them is kept by the model.
@@ -44,7 +45,7 @@ class Call:
         self.model, self.program, self.ranks = model, program, model.ranks
         self.values: dict[str, Any] = dict(zip(program.inputs, leaves, strict=True))
         self.key = id(program), tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))
-        self.reduce = model.reduce
+        self.leaves, self.reduce = leaves, model.reduce
         self._lent: dict[int, Tensor] = {}
         self._run_stem(leaves)
         self.head_on_last = model.placement.head_on_last

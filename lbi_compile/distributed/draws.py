@@ -53,3 +53,12 @@ class Draws:
             if devices:
                 torch.cuda.manual_seed(seed)
             yield
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside, runs of regions draw what the next runs will draw again."""
+        before = self._runs.copy()
+        try:
+            yield
+        finally:
+            self._runs = before

@@ -165,15 +165,23 @@ class Shares:
         self.counts = tuple(counts)
         self.most = max(self.counts)
 
-    def gather(self, ranks: Ranks, own: Sequence[Tensor], like: Tensor, what: str) -> list[Tensor]:
-        """All values in order, from each rank's own."""
+    def gather(
+        self,
+        ranks: Ranks,
+        own: Sequence[Tensor],
+        like: Tensor,
+        what: str,
+        *,
+        parts: dict[str, int] | None = None,
+    ) -> list[Tensor]:
+        """All values in order, from each rank's own; ``parts`` tells what they are, in bytes, for the traffic count."""
         if ranks.size == 1:
             return list(own)
-        sizes = {what: sum(value.nbytes for value in own)}
-        block = list(own)
-        if len(block) < self.most:
-            block += [torch.zeros_like(like)] * (self.most - len(block))
-            sizes["padding"] = (self.most - len(own)) * like.nbytes
+        sizes = {what: sum(value.nbytes for value in own)} if parts is None else dict(parts)
+        block = list(own) + [torch.zeros_like(like)] * (self.most - len(own))
+        padding = self.most * like.nbytes - sum(sizes.values())
+        if padding:
+            sizes["padding"] = padding
         found = ranks.all_gather(torch.stack(block), what, parts=sizes)
         return [found[rank, i] for rank, number in enumerate(self.counts) for i in range(number)]
 
@@ -246,19 +254,25 @@ def spread(
 
 class _Receive(Function):
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks, shape: Sequence[int], like: Tensor, reply: bool, thread: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, ranks: Ranks, shape: Sequence[int], like: Tensor, reply: bool, known: Tensor | None, thread: Tensor
+    ) -> Tensor:
         ctx.ranks, ctx.reply = ranks, reply
-        return ranks.receive(shape, like, ranks.rank - 1, "latent")
+        return (
+            ranks.receive(shape, like, ranks.rank - 1, "latent") if known is None else known.to(like.dtype, copy=True)
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if ctx.reply:
             ctx.ranks.send(grad, ctx.ranks.rank - 1, "adjoint")
-        return None, None, None, None, grad.new_zeros(())
+        return None, None, None, None, None, grad.new_zeros(())
 
 
-def receive(ranks: Ranks, thread: Tensor, shape: Sequence[int], like: Tensor, *, reply: bool) -> Tensor:
+def receive(
+    ranks: Ranks, thread: Tensor, shape: Sequence[int], like: Tensor, *, reply: bool, known: Tensor | None = None
+) -> Tensor:
     """The latent that the rank before sends. Forward: receive. Backward: send the adjoint back, where it is waited for.
 
     Args:
@@ -267,27 +281,29 @@ def receive(ranks: Ranks, thread: Tensor, shape: Sequence[int], like: Tensor, *,
         shape: Shape of the latent.
         like: A tensor of its dtype and device.
         reply: The rank before gets its adjoint from here (the chain engine), and not from a scan.
+        known: The latent, where it is known beforehand: then nothing is received.
     """
-    return _Receive.apply(ranks, tuple(shape), like.detach(), reply, thread)
+    return _Receive.apply(ranks, tuple(shape), like.detach(), reply, known, thread)
 
 
 class _SendOn(Function):
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks, thread: Tensor, m: Tensor) -> Tensor:
+    def forward(ctx: Any, ranks: Ranks, known: bool, thread: Tensor, m: Tensor) -> Tensor:
         ctx.ranks, ctx.shape = ranks, m.shape
         ctx.like = torch.empty_like(m, device="meta")
         ctx.device = m.device
-        ranks.send(m, ranks.rank + 1, "latent")
+        if not known:
+            ranks.send(m, ranks.rank + 1, "latent")
         return thread.clone()
 
     @staticmethod
     def backward(ctx: Any, thread: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         like = torch.empty_like(ctx.like, device=ctx.device)
-        return None, thread, ctx.ranks.receive(ctx.shape, like, ctx.ranks.rank + 1, "adjoint")
+        return None, None, thread, ctx.ranks.receive(ctx.shape, like, ctx.ranks.rank + 1, "adjoint")
 
 
-def send_on(ranks: Ranks, thread: Tensor, m: Tensor) -> Tensor:
-    """Send a latent to the rank after, and give the thread. Forward: send. Backward: receive its adjoint (the chain
-    engine)."""
-    return _SendOn.apply(ranks, thread, m)
+def send_on(ranks: Ranks, thread: Tensor, m: Tensor, *, known: bool = False) -> Tensor:
+    """Send a latent to the rank after, unless it is known there, and give the thread. Forward: send. Backward: receive
+    its adjoint (the chain engine)."""
+    return _SendOn.apply(ranks, known, thread, m)

@@ -24,6 +24,7 @@ from .call import Call
 from .placement import INTERFACE, Placement, Tree
 from .ranks import Ranks
 from .schedules import in_turn, side_by_side
+from .solving import Latents, Request
 
 if TYPE_CHECKING:
     from ..interfaces import Interface
@@ -46,6 +47,7 @@ class RegionParallel(nn.Module):
         ranks: The region dimension of the mesh.
         mesh: The mesh.
         reduce: ``"canvas"``, ``"stem"`` or ``"auto"``: what ranks add up in the backward.
+        latents: Solves for latents where ``forward="parallel"``; its ``record`` tells how it went in the last call.
         steps: Training steps begun.
     """
 
@@ -76,6 +78,7 @@ class RegionParallel(nn.Module):
             self._known[key] = tree.rebind(program, device), check
         self.cheaper: dict[Any, str] = {}
         self.known_outputs: dict[Any, Any] = {}
+        self.latents = Latents(Request(bounded.forward_method, bounded._options.tol, bounded._options.max_iters))
         self.steps = 0
         if self.credit is not None:
             for program, _ in self._known.values():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..interfaces import Interface
+from ..kernels.pins import pinned
 from . import links
 from .adjoints import solve
 from .call import Call
@@ -106,24 +107,31 @@ def _latent_like(interface: Interface, canvas: Tensor) -> Tensor:
 
 def in_turn(call: Call) -> Tensor | None:
     """Regions read the latent of the region before them (pooled, chunked, identity): rank after rank, by messages of
-    one latent each. The backward is a chain of messages too, or a scan; see ``adjoints``."""
+    one latent each, or side by side at latents that were solved for. The backward is a chain of messages too, or a
+    scan; see ``adjoints`` and ``solving``."""
     model, program, ranks = call.model, call.program, call.ranks
     interface, canvas = model.interface, call.regional[program.canvas]
     scans = model.engine.name == "scan" and torch.is_grad_enabled()
+    like = _latent_like(interface, canvas)
+    solved = model.latents(call, like)  # [K - 1, B, R]
+    given = model.own.start
     if ranks.first:
         m = interface.initial(interface.fold(canvas))
     else:
-        like = _latent_like(interface, canvas)
-        m = links.receive(ranks, call.thread, like.shape, like, reply=not scans)
+        known = None if solved is None else solved[given - 1]
+        m = links.receive(ranks, call.thread, like.shape, like, reply=not scans, known=known)
     assert m is not None
     entered, total = m, Total(call)
     for k in model.own:
+        if solved is not None and k > given:
+            assert m is not None
+            m = pinned(m, solved[k - 1])
         with call.region(k):
             m, h, x = model.regions[k](canvas, m, dict(call.regional), program.regions[k])
         total.add(k, h, x)
     if scans and ranks.size > 1:
-        return solve(call, entered, m, total.part)
+        return solve(call, entered, m, total.part, known=solved is not None)
     if not ranks.last:
         assert m is not None  # only what leaves the last region does not exist
-        call.thread = links.send_on(ranks, call.thread, m)
+        call.thread = links.send_on(ranks, call.thread, m, known=solved is not None)
     return read_out(call, total.part)

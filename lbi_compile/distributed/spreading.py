@@ -206,9 +206,14 @@ def _refuse(bounded: BoundedModule, programs: list[Program], head: str) -> None:
             'use interface="token", whose regions run side by side, or "chunked"',
         )
     if bounded.forward_method != SEQUENTIAL:
-        raise refuse(
-            f"forward={bounded.forward_method!r}", "a sequential forward", 'transform with forward="sequential"'
-        )
+        if bounded.interface.kind not in ("pooled", "chunked"):
+            raise refuse(
+                f"forward={bounded.forward_method!r} with the {bounded.interface.kind} interface",
+                "pooled or chunked latents",
+                'transform with forward="sequential"',
+            )
+        for _, check in bounded._known.values():
+            check.raise_if_coupled(engines.AUTO, forward=bounded.forward_method)
     last, canvas = plan.regions[-1].end, plan.canvas
     sent = bounded.credit is None and plan.readout == "last" and head == ALL
     if sent and (last.shape, last.dtype) != (canvas.shape, canvas.dtype):
