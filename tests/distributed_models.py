@@ -43,6 +43,8 @@ FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "chunked-last-tied-head-stem": (
         "gpt2", {"interface": "chunked", "readout": "last"}, {"engine": "chain", "reduce": "stem", "head": "last"},
     ),
+    "token+chunked": ("transformer", {"interface": "token+chunked"}, {}),
+    "token+chunked-gru-tied-stem": ("gpt2", {"interface": "token+chunked", "cell": "gru"}, {"reduce": "stem"}),
     "identity-scan": ("mlp", {"interface": "identity"}, {"engine": "scan"}),
     "zero": ("mlp", {"interface": "zero"}, {}),
     "self-pooled": ("mlp", {"interface": "self"}, {}),

@@ -17,7 +17,7 @@ from lbi_compile import BoundedModule, CheckpointError, OptionError, transform
 from lbi_compile.distributed import load, parallelize, save
 from tests import ranks
 from tests.distributed_models import bound, model
-from tests.models import CausalTransformer
+from tests.models import CausalTransformer, ResidualMLP
 
 SHAPES = (("interface", "token"),)
 
@@ -92,6 +92,44 @@ def test_what_four_ranks_wrote_others_read(written: tuple[Path, dict[str, Tensor
     found = ranks.run(world, work)
     assert set().union(*found) == set(expected)
     assert [name for one in found for name in one if not torch.equal(one[name], expected[name])] == []
+
+
+def _pooled() -> tuple[BoundedModule, Tensor]:
+    """Eight regions, of which the last one alone is read out."""
+    torch.manual_seed(0)
+    made, x = ResidualMLP(6, width=8, depth=8, classes=3).double(), torch.randn(4, 6).double()
+    return transform(made, x, regions=8, r=4, interface="pooled", readout="last"), x
+
+
+@pytest.mark.slow
+def test_eight_ranks_read_what_four_wrote_wherever_the_head_is(tmp_path: Path):
+    bounded, x = _pooled()
+
+    def write(rank: int) -> dict[str, Tensor]:
+        parallel = parallelize(bounded, ranks.mesh(4), head="last")
+        optimizer = optimizer_of(parallel)
+        for _ in range(2):
+            optimizer.zero_grad()
+            parallel(x).square().sum().backward()
+            optimizer.step()
+        save(tmp_path, parallel, optimizer, step=2)
+        return values(parallel, optimizer)
+
+    expected = {name: value for one in ranks.run(4, write) for name, value in one.items()}
+
+    def read(rank: int, world: int, head: str) -> dict[str, Tensor]:
+        parallel = parallelize(bounded, ranks.mesh(world), head=head)
+        optimizer = optimizer_of(parallel)
+        with torch.no_grad():
+            for p in parallel.parameters():
+                p.fill_(torch.nan)
+        assert load(tmp_path, parallel, optimizer) is not None
+        return values(parallel, optimizer)
+
+    for world, head in ((1, "all"), (2, "all"), (8, "last"), (8, "all")):
+        found = ranks.run(world, read, world, head)
+        assert set().union(*found) == set(expected)
+        assert [name for one in found for name in one if not torch.equal(one[name], expected[name])] == []
 
 
 def test_the_bounded_model_reads_it_in_one_process(written: tuple[Path, dict[str, Tensor]]):

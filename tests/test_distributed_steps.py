@@ -84,7 +84,7 @@ def test_fifty_steps_of_two_copies_on_two_ranks_each_under_ddp(name: str):
 
 
 # fully_shard cannot shard the scalar gates of pooled and chunked interfaces
-SHARDED = [name for name in FORMS if name.startswith(("token", "zero", "identity"))]
+SHARDED = [name for name in FORMS if name.startswith(("token", "zero", "identity")) and "chunked" not in name]
 
 
 @pytest.mark.slow

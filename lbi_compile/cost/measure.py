@@ -169,7 +169,7 @@ def _between(bounded: BoundedModule, program: Program, leaves: Sequence[Any]) ->
             found.append(interface.leave(k, m=found[-1] if found else None, h=z, z=z))
 
     named = interface.named_parameters()
-    cells = [p for name, p in named if p.requires_grad and name.partition(".")[0] in interface.between]
+    cells = [p for name, p in named if p.requires_grad and interface.combines(name)]
     return _timed(run, lambda: found, cells, says)
 
 

@@ -15,6 +15,7 @@ from ..calls import ShapeCheck, call_signature
 from ..capture import Inputs, bind, describe_inputs
 from ..credit.base import LocalCredit
 from ..errors import DistributedError, OptionError, ShapeNotCapturedError
+from ..interfaces import TokenChunkedInterface
 from ..passes.insert import Program
 from ..plan import Plan
 from ..region import Region
@@ -23,7 +24,7 @@ from . import local, outputs
 from .call import Call
 from .placement import INTERFACE, Placement, Tree
 from .ranks import Ranks
-from .schedules import in_turn, side_by_side
+from .schedules import both, in_turn, side_by_side
 from .solving import Latents, Request
 
 if TYPE_CHECKING:
@@ -222,7 +223,10 @@ class RegionParallel(nn.Module):
         """A forward up to the head, and the head where it is here."""
         self._count()
         call = Call(self, program, leaves)
-        entry = side_by_side(call) if self.interface.parallel else in_turn(call)
+        if isinstance(self.interface, TokenChunkedInterface):
+            entry = both(call)
+        else:
+            entry = side_by_side(call) if self.interface.parallel else in_turn(call)
         if entry is not None:
             call.head(entry)
         return call

@@ -106,8 +106,7 @@ def place(
                 readers.setdefault(id(getattr(owner, name)), set()).update(where)
     for name, value in _tensors(interface):
         k = interface.region_of(name)
-        family = name.partition(".")[0]
-        where = {k} if k is not None else {BETWEEN} if family in interface.between else {BETWEEN, *regions}
+        where = {k} if k is not None else {BETWEEN} if interface.combines(name) else {BETWEEN, *regions}
         readers.setdefault(id(value), set()).update(where)
     table = interface.embedding if isinstance(interface, LocalCredit) else None
     named = list(_tensors(bounded))

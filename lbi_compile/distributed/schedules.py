@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..interfaces import Interface
+from ..interfaces import Interface, TokenChunkedInterface
+from ..interfaces.base import Latents
 from ..kernels.pins import pinned
 from . import links
 from .adjoints import solve
@@ -64,7 +67,7 @@ def side_by_side(call: Call) -> Tensor | None:
         values[k] = dict(call.regional)
         with call.region(k):
             opened[k] = model.regions[k].open(canvas, None, values[k], program.regions[k])
-    m = _latents(call, {k: value.z for k, value in opened.items() if value.z is not None})
+    m = _latents(call, model.interface, {k: value.z for k, value in opened.items() if value.z is not None})
     total = Total(call)
     for k in model.own:
         with call.region(k):
@@ -73,13 +76,49 @@ def side_by_side(call: Call) -> Tensor | None:
     return read_out(call, total.part)
 
 
-def _latents(call: Call, z: dict[int, Tensor]) -> dict[int, Tensor]:
+def both(call: Call) -> Tensor | None:
+    """Chunk latents enter where a region starts, token latents where its finish begins (token+chunked).
+
+    Up to there rank after rank, by messages of one chunk latent each, then all at once as ``side_by_side``. The
+    backward comes back the same way: token latents by one all_gather, then one chunk adjoint from each rank to the one
+    before.
+    """
+    model, program, ranks, interface = call.model, call.program, call.ranks, call.model.interface
+    assert isinstance(interface, TokenChunkedInterface)
+    canvas = call.regional[program.canvas]
+    if ranks.first:
+        chunk = interface.initial(interface.fold(canvas)).chunk
+    else:
+        like = _latent_like(interface.chunked, interface.fold(canvas))
+        chunk = links.receive(ranks, call.thread, like.shape, like, reply=True)
+    opened, values = {}, {}
+    for k in model.own:
+        values[k] = dict(call.regional)
+        assert chunk is not None  # only what leaves the last region does not exist
+        with call.region(k):
+            opened[k] = model.regions[k].open(canvas, Latents(None, chunk), values[k], program.regions[k])
+            chunk = interface.chunked.leave(k, m=chunk, h=opened[k].z.chunk, z=None)
+    if not ranks.last:
+        assert chunk is not None
+        call.thread = links.send_on(ranks, call.thread, chunk)
+    says = {k: value.z.token for k, value in opened.items() if value.z.token is not None}
+    m = _latents(call, interface.token, says)
+    total = Total(call)
+    for k in model.own:
+        with call.region(k):
+            entered: Any = Latents(m.get(k), None)  # pyright: ignore[reportArgumentType]  the finish reads no chunks
+            h = model.regions[k].close(opened[k], entered, values[k], program.regions[k])
+        total.add(k, h, opened[k].x)
+    return read_out(call, total.part)
+
+
+def _latents(call: Call, interface: Interface, z: dict[int, Tensor]) -> dict[int, Tensor]:
     """The latents that enter this rank's regions, by region, from what its regions say."""
-    model, ranks, interface = call.model, call.ranks, call.model.interface
+    model, ranks = call.model, call.ranks
     if interface.first_latent is None:
         return {}
     last = interface.regions - 1
-    like = _latent_like(interface, call.regional[call.program.canvas])
+    like = _latent_like(interface, model.interface.fold(call.regional[call.program.canvas]))
     says = links.Shares([sum(k < last for k in model.placement.regions(rank)) for rank in range(ranks.size)])
     hears = links.Shares([sum(k > 0 for k in model.placement.regions(rank)) for rank in range(ranks.size)])
     every = list(z.values())
@@ -96,9 +135,8 @@ def _latents(call: Call, z: dict[int, Tensor]) -> dict[int, Tensor]:
     return dict(zip((k for k in model.own if k > 0), latents, strict=True))
 
 
-def _latent_like(interface: Interface, canvas: Tensor) -> Tensor:
-    """A tensor of the shape and dtype of the latents between regions."""
-    folded = interface.fold(canvas)
+def _latent_like(interface: Interface, folded: Tensor) -> Tensor:
+    """A tensor of the shape and dtype of the latents between regions, for a canvas as the interface reads it."""
     shape = interface.latent_shape(tuple(folded.shape))
     assert shape is not None
     weight = next((p for p in interface.parameters() if p.is_floating_point()), folded)
@@ -112,7 +150,7 @@ def in_turn(call: Call) -> Tensor | None:
     model, program, ranks = call.model, call.program, call.ranks
     interface, canvas = model.interface, call.regional[program.canvas]
     scans = model.engine.name == "scan" and torch.is_grad_enabled()
-    like = _latent_like(interface, canvas)
+    like = _latent_like(interface, interface.fold(canvas))
     solved = model.latents(call, like)  # [K - 1, B, R]
     given = model.own.start
     if ranks.first:

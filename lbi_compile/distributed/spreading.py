@@ -199,12 +199,6 @@ def _refuse(bounded: BoundedModule, programs: list[Program], head: str) -> None:
             "boundaries of one lane in the canvas's shape",
             "name boundaries where one value crosses, or use another interface",
         )
-    if isinstance(bounded.interface, TokenChunkedInterface):
-        raise refuse(
-            "interface='token+chunked', whose boundaries two kinds of latents cross",
-            "one latent at a boundary",
-            'use interface="token", whose regions run side by side, or "chunked"',
-        )
     if bounded.forward_method != SEQUENTIAL:
         if bounded.interface.kind not in ("pooled", "chunked"):
             raise refuse(
@@ -252,6 +246,15 @@ def _choose(bounded: BoundedModule, ranks: Ranks, engine: str) -> engines.Engine
                 do="leave engine out: cells are cheap, and every rank runs them all",
             )
         return engines.Engine(name, why)
+    if isinstance(interface, TokenChunkedInterface):
+        if engine == engines.SCAN:
+            raise OptionError(
+                "engine='scan' with the token+chunked interface",
+                expected="one kind of latents at a boundary: b of the chunk latents is there only when every rank has"
+                " pulled back its token latents",
+                do="leave engine out",
+            )
+        return engines.Engine(engines.CHAIN, "two kinds of latents cross: chunk latents from rank to rank")
     coupled = next((check.coupled for _, check in bounded._known.values() if check.coupled is not None), None)
     if engine == engines.SCAN:
         for _, check in bounded._known.values():

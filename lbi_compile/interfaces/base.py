@@ -90,6 +90,10 @@ class Interface(nn.Module):
         number = rest.split(".")[0]
         return int(number) + self.reader_offsets[family] if family in self.reader_offsets and number.isdigit() else None
 
+    def combines(self, name: str) -> bool:
+        """Whether the parameter ``name`` combines latents between regions, and no region reads it."""
+        return name.partition(".")[0] in self.between
+
     @property
     def latents(self) -> range:
         """Indices k of the latents `m_k` that exist."""

@@ -71,6 +71,14 @@ class TokenChunkedInterface(Interface):
             draw, regions=regions, width=width, r=r, chunks=chunks, chunk=chunk, pooled_widths=widths
         )
 
+    def region_of(self, name: str) -> int | None:
+        part, _, rest = name.partition(".")
+        return {"token": self.token, "chunked": self.chunked}[part].region_of(rest)
+
+    def combines(self, name: str) -> bool:
+        part, _, rest = name.partition(".")
+        return {"token": self.token, "chunked": self.chunked}[part].combines(rest)
+
     def initial(self, canvas: Tensor) -> Latents:
         return Latents(None, self.chunked.initial(canvas))
 
