@@ -1,7 +1,7 @@
 """The operators of the bounded backward, registered under ``torch.ops.lbi`` when this file is imported.
 
 ``suffix_scan`` and ``prefix_scan`` choose a kernel by device: Triton for CUDA, numpy or torch for the CPU (forms.py),
-torch elsewhere. ``suffix_products`` and ``prefix_products`` are scans of the rows of the identity. ``boundary`` and
+torch elsewhere. ``suffix_products`` and ``prefix_products`` are plain operators (products.py). ``boundary`` and
 ``boundary_bwd`` are identities that leave a trace in a joint graph. All have fake, autograd and vmap rules.
 
 They are registered with :class:`torch.library.Library` and an autograd kernel of their own, not with ``custom_op`` or
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lbi_compile._torch import below_autograd, functorch_active, no_autocast
 from lbi_compile.errors import DoubleBackwardError, ScanShapeError
-from lbi_compile.kernels import cpu_scan, forms, reference
+from lbi_compile.kernels import cpu_scan, forms, products, reference
 
 _library = torch.library.Library("lbi", "FRAGMENT")
 for _schema in ("suffix_scan(Tensor J, Tensor last, Tensor? b)", "prefix_scan(Tensor J, Tensor first, Tensor? b)"):
@@ -96,7 +96,7 @@ def prefix_scan(J: Tensor, first: Tensor, b: Tensor | None = None) -> Tensor:
 def suffix_products(J: Tensor) -> Tensor:
     """All products ``P[K] = I``, ``P[k] = J[K - 1] ... J[k]``; ``P[k] = d m_K / d m_k``.
 
-    Nothing scales them: they over- or underflow where the true products leave the range of the dtype.
+    They over- or underflow where the true products leave the range of the dtype, and nowhere else.
 
     Args:
         J: ``[K, N, R, R]``, any strides.
@@ -330,25 +330,19 @@ def _jacobian_grad(ctx: Any, lam: Tensor, m: Tensor) -> Tensor | None:
         return lam[1:].mT @ m[:-1]
 
 
-def _rows_of_identity(J: Tensor) -> Tensor:
-    if J.dim() != 4 or J.shape[2] != J.shape[3] or not J.dtype.is_floating_point:
-        raise ScanShapeError(
-            f"J {_show(J)}",
-            expected="J [K, N, R, R] of a floating dtype",
-            do="give one Jacobian per pair of neighbouring boundaries and per index",
-        )
-    R = J.shape[-1]
-    return torch.eye(R, dtype=J.dtype, device=J.device).expand(J.shape[1], R, R)
+def _checked_products(name: str) -> Callable[[Tensor], Tensor]:
+    form = getattr(products, name)
 
+    def kernel(J: Tensor) -> Tensor:
+        if J.dim() != 4 or J.shape[2] != J.shape[3] or not J.dtype.is_floating_point:
+            raise ScanShapeError(
+                f"J {_show(J)}",
+                expected="J [K, N, R, R] of a floating dtype",
+                do="give one Jacobian per pair of neighbouring boundaries and per index",
+            )
+        return form(J)
 
-def _suffix_products(J: Tensor) -> Tensor:
-    """Row i of ``P[k]`` is the adjoint of ``m_k`` where the adjoint of ``m_K`` is the unit vector i."""
-    return _suffix_op(J, _rows_of_identity(J), None)
-
-
-def _prefix_products(J: Tensor) -> Tensor:
-    """Column j of ``Q[k]`` is what the unit vector j has become at ``m_k``."""
-    return _prefix_op(J, _rows_of_identity(J), None).mT
+    return kernel
 
 
 class _Boundary(Function):
@@ -407,9 +401,9 @@ for _name, _end, _op, _function in (
     torch.library.register_vmap(_op, _scan_vmap(_op), lib=_library)
     register_flop_formula(_op.overloadpacket)(_scan_flops)
 
-# Composed of the scans, and so are their fake, autograd and vmap rules and their FLOPs.
-_library.impl("suffix_products", _suffix_products, "CompositeImplicitAutograd")
-_library.impl("prefix_products", _prefix_products, "CompositeImplicitAutograd")
+# Composed of plain operators, and so are their fake, autograd and vmap rules and their FLOPs.
+for _name in ("suffix_products", "prefix_products"):
+    _library.impl(_name, _checked_products(_name), "CompositeImplicitAutograd")
 
 for _name, _op, _function in (
     ("boundary", _boundary_op, _Boundary),

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import engines
 from .bounded import BoundedModule
 from .interfaces import Latents
+from .kernels.products import product_norms
 from .newton import SEQUENTIAL
 
 # widest latent whose Jacobians are formed for the norms
@@ -28,7 +29,7 @@ class JacobianNorms:
         first: ``k`` of the first Jacobian `J_k = d m_{k+1} / d m_k`.
         norms: Spectral norm of each `J_k` in the order of ``k``, the largest over its independent indices.
         products: Spectral norm of the running product as adjoints meet it: first the last `J_k` alone, last the product
-            of all, the largest over the indices.
+            of all, the largest over the indices. Infinite only where it is too large for float64.
     """
 
     latent: str
@@ -87,16 +88,10 @@ def kinds_of(latents: Sequence[Any]) -> list[tuple[str, int, list[Tensor]]]:
 def _norms_of(kind: str, first: int, latents: Sequence[Tensor]) -> JacobianNorms | None:
     if len(latents) < 2 or latents[0].shape[-1] > WIDEST:
         return None
-    jacobians = [interface_jacobian(after, before) for before, after in pairwise(latents)]
-    products, product = [], None
-    for jacobian in reversed(jacobians):
-        product = jacobian if product is None else product @ jacobian
-        products.append(_norm(product))
-    return JacobianNorms(kind, first, tuple(map(_norm, jacobians)), tuple(products))
-
-
-def _norm(jacobian: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(jacobian.detach().double(), 2).max())
+    jacobians = torch.stack([interface_jacobian(after, before) for before, after in pairwise(latents)])
+    single = product_norms(jacobians.flatten(0, 1)[None])[0][0].view(jacobians.shape[:2])  # not finite: NaN, no error
+    products, _ = product_norms(jacobians)
+    return JacobianNorms(kind, first, tuple(single.amax(1).tolist()), tuple(reversed(products[:-1].amax(1).tolist())))
 
 
 def interface_jacobian(after: Tensor, before: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .kernels.ops import prefix_products, prefix_scan, suffix_products
+from .kernels.ops import prefix_scan
+from .kernels.products import product_norms
 
 SEQUENTIAL, PARALLEL, QUASI, JACOBI = "sequential", "parallel", "quasi-newton", "jacobi"
 METHODS = (SEQUENTIAL, PARALLEL, QUASI, JACOBI)
@@ -109,6 +110,8 @@ class Solve:
 def product_norm(jacobians: Tensor | None) -> float:
     """Largest spectral norm of `J_j ... J_0` and of `J_{K-1} ... J_j` over all j and indices; at least 1.
 
+    Infinite where it is too large for float64; NaN where a Jacobian is not finite.
+
     Args:
         jacobians: `[K, N, R, R]`, or ``None`` for 1.
 
@@ -118,9 +121,8 @@ def product_norm(jacobians: Tensor | None) -> float:
     """
     if jacobians is None or not jacobians.numel():
         return 1.0
-    J = jacobians.detach().double()
-    found = [torch.linalg.matrix_norm(products(J), 2).max() for products in (prefix_products, suffix_products)]
-    return max(1.0, *(float(norm) for norm in found))
+    found = [float(norms.max()) for norms in product_norms(jacobians)]  # NaN stays NaN
+    return max(found, key=lambda norm: (norm != norm, norm))
 
 
 def default_tolerance(dtype: torch.dtype, regions: int) -> float:

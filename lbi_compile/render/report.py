@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -96,12 +97,12 @@ def _ablations(found: Sequence[Ablation]) -> Table:
 
 
 def _norms(first: int, norms: Sequence[float], products: Sequence[float], *, ascii_only: bool) -> Table:
-    top = max(*norms, *products, 1e-300)
+    top = max(filter(math.isfinite, (*norms, *products)), default=0.0) or 1.0
     table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
     table.add_row(
         *(Text(head, style="dim") for head in ("   k", f"{'J_k':>9}", f"{'product from the last on':<{_BAR + 11}}"))
     )
     for k, (norm, product) in enumerate(zip(norms, reversed(products), strict=True), start=first):
-        drawn = bar(product / top, _BAR, ascii_only=ascii_only)
+        drawn = bar(min(product / top, 1.0) if product == product else 0.0, _BAR, ascii_only=ascii_only)
         table.add_row(f"{k:>4}", f"{norm:9.3g}", Text.assemble(f"{product:9.3g}  ", (drawn, "cyan")))
     return table
