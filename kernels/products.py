@@ -1,9 +1,9 @@
 """Products of many Jacobians, carried as numbers near 1 and exponents of two, so that no step leaves their range.
 
-4,096 Jacobians of norm 1.1 multiply out to `2^563`, and of norm 0.9 to `2^-622`: beyond float32, and with norms a little
-further from 1 beyond float64 as well. Plain products then give infinity, `inf * 0 = NaN` beside it, or zeros that never
-grow again, even where the product of all is a modest number. Here every row of a product has an exponent of its own,
-for every row is an adjoint by itself. Scaling by powers of two rounds nothing.
+4,096 Jacobians of norm 1.1 multiply out to `2^563`, and of norm 0.9 to `2^-622`: beyond float32, and with norms a
+little further from 1 beyond float64 as well. Plain products then give infinity, `inf * 0 = NaN` beside it, or zeros
+that never grow again, even where the product of all is a modest number. Here every row of a product has an exponent of
+its own, for every row is an adjoint by itself. Scaling by powers of two rounds nothing.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def suffix_products(J: Tensor) -> Tensor:
 
 
 def prefix_products(J: Tensor) -> Tensor:
-    """``Q[0] = I``, ``Q[k] = J[k - 1] ... J[0]``: with transposed Jacobians, and the steps in the other order, suffixes.
+    """``Q[0] = I``, ``Q[k] = J[k - 1] ... J[0]``: suffixes of the transposed Jacobians in the other order.
 
     Args:
         J: ``[K, N, R, R]``.

@@ -22,6 +22,7 @@ from .errors import (
     ShapeNotCapturedError,
 )
 from .forward import Solver, check_forward, refuse_forward, refuse_tracing, varying
+from .gate import Gate
 from .hooked.plan import is_hooked
 from .hooked.run import HookedProgram
 from .interfaces import Interface
@@ -78,6 +79,7 @@ class BoundedModule(nn.Module):
         self._forward = options.forward
         self._solve_record: Solve | None = None
         self._retarget: torch.dtype | None = None
+        self._gate = Gate()
         self._forget()
         self._modules["lbi"] = Unbuilt()
 
@@ -182,7 +184,7 @@ class BoundedModule(nn.Module):
 
     @contextlib.contextmanager
     def with_engine(self, name: str) -> Iterator[BoundedModule]:
-        """Run with another engine inside the block.
+        """Run with another engine inside the block, in all threads that call this model.
 
         Args:
             name: ``"auto"``, ``"autograd"``, ``"chain"`` or ``"scan"``.
@@ -281,7 +283,8 @@ class BoundedModule(nn.Module):
             marked = not exporting() and self._checks[key].coupled is None
             return assemble(program, *self._run(program, leaves, marked=marked, taps=taps))
         program = self._program(inputs)
-        return assemble(program, *self._solve(program, leaves, taps))
+        with self._gate.running():
+            return assemble(program, *self._solve(program, leaves, taps))
 
     def _solve(self, program: Program, leaves: list[Any], taps: bool) -> Any:
         pins = self._pins(program, leaves)
@@ -342,23 +345,15 @@ class BoundedModule(nn.Module):
             )
         # torch 2.11: Dynamo does not notice a parameter frozen or thawed in place and would run the stale graph
         key = (id(program), taps, pins is None, tuple(p.requires_grad for p in self.parameters()))
-        if key not in self._compiled:
-            record = ScanRecord()
-
-            def scanned(module: BoundedModule, leaves: list[Any], pins: Tensor | None) -> Any:
-                return module._run(program, leaves, marked=True, taps=taps, pins=pins)
-
-            backend = eager_backend(
-                record, batched=self._options.batch_regions, jacobian_bytes=self._options.jacobian_bytes
-            )
-            self._compiled[key] = torch.compile(fresh_code(scanned), backend=backend, fullgraph=True), record
-        compiled, record = self._compiled[key]
         with (
-            compile_errors(record, do='use backward="chain" (same gradients)'),
+            contextlib.nullcontext() if key in self._compiled else self._gate.compiling,
             self._checks_of(program).marked_sizes(leaves),
             varying(pins),
         ):
-            flat, hs, ms = compiled(self, leaves, pins)
+            compiled, record = self._compiled.get(key) or self._compile(program, taps)
+            with compile_errors(record, do='use backward="chain" (same gradients)'):
+                flat, hs, ms = compiled(self, leaves, pins)
+            self._compiled[key] = compiled, record
         self._engine = engines.Engine(
             engines.SCAN,
             engine.why,
@@ -375,6 +370,17 @@ class BoundedModule(nn.Module):
             tuple(map(engines.once, hs)),
             tuple(each(engines.once, m) for m in ms),
         )
+
+    def _compile(self, program: Program, taps: bool) -> tuple[Callable[..., Any], ScanRecord]:
+        record = ScanRecord()
+
+        def scanned(module: BoundedModule, leaves: list[Any], pins: Tensor | None) -> Any:
+            return module._run(program, leaves, marked=True, taps=taps, pins=pins)
+
+        backend = eager_backend(
+            record, batched=self._options.batch_regions, jacobian_bytes=self._options.jacobian_bytes
+        )
+        return torch.compile(fresh_code(scanned), backend=backend, fullgraph=True), record
 
     def _run(
         self,
@@ -422,6 +428,13 @@ class BoundedModule(nn.Module):
         return (self.training, call_signature(inputs.args), call_signature(inputs.kwargs))
 
     def _program(self, inputs: Inputs) -> Program:
+        key, modes = self._key(inputs), modes_of(self.source)
+        if self._plan is None or key not in self._programs or self._checks[key].modes != modes:
+            with self._gate.alone():
+                return self._checked_program(inputs)
+        return self._checked_program(inputs)
+
+    def _checked_program(self, inputs: Inputs) -> Program:
         if self._plan is None:
             self.build(inputs)
         raise_if_stale(self)
@@ -461,7 +474,7 @@ class BoundedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for derived in ("_programs", "_checks", "_known", "_compiled", "_racer", "_solver", "_chain", "_seen"):
+        for derived in ("_programs", "_checks", "_known", "_compiled", "_racer", "_solver", "_chain", "_seen", "_gate"):
             state.pop(derived)
         state["_solve_record"] = None
         return state
@@ -469,6 +482,7 @@ class BoundedModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._seen = None
+        self._gate = Gate()
         self._forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> BoundedModule:

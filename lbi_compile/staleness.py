@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -15,13 +16,16 @@ if TYPE_CHECKING:
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Numbers that people change while they train; a captured program has them baked in.
+_SETTINGS = ("p", "dropout", "momentum", "eps")
 
 
 class Fingerprint(NamedTuple):
     """A model as it was captured.
 
     Attributes:
-        state: Every module with the names of its children and how many hooks it has, in the order of a walk.
+        state: Every module with the names of its children, its hooks, a forward of its own, and its settings, in the
+            order of a walk.
         named: Every module by its path, likewise.
     """
 
@@ -31,9 +35,9 @@ class Fingerprint(NamedTuple):
 
 def fingerprint(bounded: BoundedModule) -> Fingerprint:
     """Every submodule with its hooks; those of the bounded model too, which has a list of its own."""
-    counted = _counted(bounded)
+    told = _told(bounded)
     modules = (*bounded.source.named_modules(), *_own(bounded))
-    named = frozenset((name, (id(module), *_hooks(vars(module), counted))) for name, module in modules)
+    named = frozenset((name, (id(module), *told(vars(module)))) for name, module in modules)
     return Fingerprint(_state(bounded), named)
 
 
@@ -49,14 +53,14 @@ def raise_if_stale(bounded: BoundedModule) -> None:
         where = ", ".join(name or "<model>" for name in changed[:4]) or "the order of its modules"
         raise StaleCaptureError(
             f"the model changed after transform at {where}",
-            expected="the modules and hooks that were captured",
-            do="swap modules, add adapters, parametrizations and hooks first, then transform",
+            expected="the modules, hooks, forwards and settings such as dropout rates that were captured",
+            do="swap modules, add adapters, parametrizations and hooks, and set rates first, then transform",
         )
 
 
 def _state(bounded: BoundedModule) -> tuple[Any, ...]:
     """As ``Fingerprint.state``. Every call asks for it, and ``named_modules`` would take as long as a layer."""
-    counted = _counted(bounded)
+    told = _told(bounded)
     found: list[Any] = []
     stack: list[nn.Module] = [bounded.source, *(child for _, child in _own(bounded))]
     met: set[int] = set()
@@ -67,18 +71,24 @@ def _state(bounded: BoundedModule) -> tuple[Any, ...]:
         met.add(id(module))
         about = vars(module)
         children: dict[str, nn.Module | None] = about["_modules"]
-        found.append((id(module), tuple(children), *_hooks(about, counted)))
+        found.append((id(module), tuple(children), *told(about)))
         stack.extend(child for child in children.values() if child is not None)
     return tuple(found)
 
 
-def _hooks(about: dict[str, Any], counted: tuple[str, ...]) -> list[int]:
-    return [len(about[kind]) for kind in counted]
+def _told(bounded: BoundedModule) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    # a model that runs as it is runs its hooks and settings too, and its forward may add some of its own
+    return (lambda _: ()) if is_hooked(bounded._plan) else _of_module
 
 
-def _counted(bounded: BoundedModule) -> tuple[str, ...]:
-    # a model that runs as it is runs its hooks too, and its forward may add some of its own
-    return () if is_hooked(bounded._plan) else _HOOKS
+def _of_module(about: dict[str, Any]) -> tuple[Any, ...]:
+    settings = (about.get(name) for name in _SETTINGS)
+    return (
+        # by their keys, which are never used twice: one hook taken away and another put in its place are as many
+        *(tuple(about[kind]) for kind in _HOOKS),
+        id(about.get("forward")),
+        *(value for value in settings if isinstance(value, (int, float))),
+    )
 
 
 def _own(bounded: BoundedModule) -> list[tuple[str, nn.Module]]:

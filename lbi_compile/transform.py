@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -148,7 +149,8 @@ def plan(
         raise no_graph(options.credit, refused)
     if found is None:
         return building.analyse(model, fresh(inputs), options, refused)[0]
-    return _analyse(model, found, options).plan
+    with own_devices():
+        return _analyse(model, found, options).plan
 
 
 def _options(
@@ -240,7 +242,7 @@ def _analyse(model: nn.Module, found: Capture, options: Options) -> Analysis:
 
 
 def _build(bounded: BoundedModule, inputs: Inputs) -> None:
-    model, options = bounded.source, bounded._options
+    options = bounded._options
     try:
         found, refused = None if is_hooked(options.regions) else captured(bounded, inputs), None
     except CaptureError as error:
@@ -250,6 +252,12 @@ def _build(bounded: BoundedModule, inputs: Inputs) -> None:
     if found is None:
         refuse_forward(bounded, hooked=True)
         return building.build(bounded, inputs, refused)
+    with own_devices():
+        _put_together(bounded, inputs, found)
+
+
+def _put_together(bounded: BoundedModule, inputs: Inputs, found: Capture) -> None:
+    model, options = bounded.source, bounded._options
     analysis = _analyse(model, found, options)
     solved = {"forward": options.forward, "tol": options.tol, "max_iters": options.max_iters}
     analysis.plan = dataclasses.replace(analysis.plan, **solved)
@@ -281,16 +289,22 @@ def build_program(bounded: BoundedModule, inputs: Inputs) -> tuple[Program, Shap
             found = captured(bounded, inputs)
         except CaptureError as error:
             raise building.too_late(error) from error
-        analysis = locate(bounded.source, found, bounded.plan)
-        check = _check(analysis, bounded.interface)
-        check.raise_if_coupled(bounded.backward, forward=bounded.forward_method)
-        program = _insert(bounded, analysis)
-        if bounded.credit is not None:
-            bounded.credit.prepare(bounded, program)
-        if bounded.plan.causal is None:
-            # the interface was settled on outputs without positions; with these inputs they may have some
-            _measure_leak(bounded, analysis, program)
-        return program, check
+        with own_devices():
+            analysis = locate(bounded.source, found, bounded.plan)
+            check = _check(analysis, bounded.interface)
+            check.raise_if_coupled(bounded.backward, forward=bounded.forward_method)
+            program = _insert(bounded, analysis)
+            if bounded.credit is not None:
+                bounded.credit.prepare(bounded, program)
+            if bounded.plan.causal is None:
+                # the interface was settled on outputs without positions; with these inputs they may have some
+                _measure_leak(bounded, analysis, program)
+            return program, check
+
+
+def own_devices() -> contextlib.AbstractContextManager[Any]:
+    """Inside, the caller's default device does not apply: it is for his own tensors, and ours name theirs."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def captured(bounded: BoundedModule, inputs: Inputs) -> Capture:

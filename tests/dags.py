@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ KINDS = (
     "linear", "linear", "tanh", "skip", "product", "concatenation", "source", "tied", "weight", "dropout",
     "write", "write", "index", "again", "zeros", "buffer", "alias",
 )  # fmt: skip
+SEQUENCE = (*KINDS, "norm", "skip", "skip", "attention", "shift", "scale")
 QUIET = tuple(kind for kind in KINDS if kind not in ("write", "index", "again", "zeros", "buffer", "alias", "source"))
 
 
@@ -43,11 +44,11 @@ def recipes(kinds: Sequence[str] = KINDS, *, longest: int = 9) -> st.SearchStrat
 
 
 class Dag(nn.Module):
-    """``x [B, 4] -> [B, 4]``, built from a recipe; with ``tap`` the value in the middle is returned as well.
+    """``x [B, 4]`` (or ``[B, T, 4]``) to the same shape, built from a recipe; ``tap`` adds the value in the middle.
 
     Skips, products, concatenations, inputs read again late, one weight shared by all ``"tied"`` steps, weights computed
     from parameters, dropout, writes into views (by ``copy_``, ``add_`` and ``index_put_``) that later reads see by
-    another name, memory that starts as a constant, and a buffer that is updated.
+    another name, memory that starts as a constant, and a buffer that is updated. With positions, some steps mix them.
     """
 
     def __init__(self, steps: Sequence[Step], *, tap: bool = False) -> None:
@@ -92,21 +93,29 @@ class Dag(nn.Module):
         if kind in ("write", "index", "zeros"):
             memory = torch.zeros_like(x) if kind == "zeros" else a + 0.5
             if kind == "index":
-                memory[:, torch.tensor([0, 2])] = b[:, :half]
+                memory[..., torch.tensor([0, 2])] = b[..., :half]
             else:
-                memory[:, :half].copy_(b[:, half:])
+                memory[..., :half].copy_(b[..., half:])
             memories.append(memory)
             return memory + torch.tanh(memory)  # saves nothing for backward that a later write could spoil
         if kind == "again" and memories:
-            memories[-1][:, half:].add_(a[:, :half])
+            memories[-1][..., half:].add_(a[..., :half])
             return memories[-1] * 1.0
         if kind == "buffer":
-            self.count.add_(a.detach().mean(0))
+            self.count.add_(a.detach().mean(tuple(range(a.dim() - 1))))
             return a + self.count
         if kind == "alias":
             fresh = own(a)
             torch.relu_(fresh)
-            return fresh.view(-1, WIDTH)
+            return fresh.view(-1, WIDTH) if a.dim() == 2 else fresh
+        if kind == "norm":
+            return F.layer_norm(a, (WIDTH,)) + own(b)
+        if kind == "scale":
+            return a * own.bias
+        if kind == "attention" and a.dim() == 3:
+            return a + F.scaled_dot_product_attention(own(a), b, a, is_causal=True)
+        if kind == "shift" and a.dim() == 3:
+            return a + own(F.pad(b, (0, 0, 1, 0))[:, :-1])
         return own(a)
 
 
@@ -216,8 +225,11 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def trace(module: nn.Module, call: Callable[[], Any]) -> Trace:
-    """Run ``call`` from a fixed seed, take gradients of all its float outputs, and put buffers back as they were."""
+def trace(module: nn.Module, call: Callable[[], Any], leaves: Mapping[str, Tensor] | None = None) -> Trace:
+    """Run ``call`` from a fixed seed, take gradients of all its float outputs, and put buffers back as they were.
+
+    Gradients are those of every trainable parameter, and of ``leaves`` that require one.
+    """
     kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
     torch.manual_seed(11)
     outputs = pytree.tree_leaves(call())
@@ -225,7 +237,8 @@ def trace(module: nn.Module, call: Callable[[], Any]) -> Trace:
     written = {name: buffer.clone() for name, buffer in module.named_buffers()}
     loss = sum((o.double() ** 2).sum() + o.double().sum() for o in outputs if isinstance(o, Tensor) and o.requires_grad)
     assert isinstance(loss, Tensor)
-    parameters = dict(module.named_parameters())
+    parameters = {**dict(module.named_parameters()), **(leaves or {})}
+    parameters = {name: p for name, p in parameters.items() if p.requires_grad}
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     for name, buffer in module.named_buffers():
         buffer.copy_(kept[name])

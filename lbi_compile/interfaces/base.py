@@ -182,7 +182,10 @@ class Draw:
 
     def parameter(self, value: Tensor | float) -> nn.Parameter:
         """``value`` as a trainable parameter."""
-        return nn.Parameter(torch.as_tensor(value, dtype=torch.float64).to(device=self.device, dtype=self.dtype))
+        # named, for a device context of the caller would apply to a plain number
+        device = value.device if isinstance(value, Tensor) else "cpu"
+        wide = torch.as_tensor(value, dtype=torch.float64, device=device)
+        return nn.Parameter(wide.to(device=self.device, dtype=self.dtype))
 
 
 class Encoder(nn.Module):
