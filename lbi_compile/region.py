@@ -114,7 +114,8 @@ class Region(nn.Module):
             shapes = {index: values[name].shape for index, name in pieces.crossing}
             read = interface.enter_lanes(k, m, shapes, values[SOURCES])
             for gap in pieces.gaps:
-                values[gap.entry] = read[gap.index]
+                # what is decoded has a gradient: statistics that are kept of it would hold on to the graph of each step
+                values[gap.entry] = read[gap.index].detach() if gap.detached else read[gap.index]
         pieces.body.run(values)
         new = {index: values[name] for index, name in pieces.new}
         h = values[pieces.end]

@@ -100,7 +100,8 @@ class Evaluator:
                 if writes:
                     # the source among them: what is written before it is made is not to be repeated
                     last = source if inside is None else nodes[first - 1]
-                    env = {**self._until(last, keep=reads), source: value.clone()}
+                    # recorded, for autograd has to know which views share the memory that is written to
+                    env = {**self._until(last, keep=reads, recorded=torch.is_grad_enabled()), source: value.clone()}
                 else:
                     env = {**self.take(reads), source: value}
                 return self._run(steps, env)[sink]
@@ -108,7 +109,12 @@ class Evaluator:
         return run
 
     def _until(
-        self, last: fx.Node | None, given: Sequence[Any] | None = None, *, keep: Collection[fx.Node]
+        self,
+        last: fx.Node | None,
+        given: Sequence[Any] | None = None,
+        *,
+        keep: Collection[fx.Node],
+        recorded: bool = False,
     ) -> dict[fx.Node, Any]:
         """Values of the nodes of ``keep`` up to ``last``, computed on copies of inputs and buffers."""
         given = self.leaves if given is None else given
@@ -116,7 +122,7 @@ class Evaluator:
         env = dict(zip(self.gm.graph.find_nodes(op="placeholder"), leaves, strict=True))
         end = len(self._nodes) if last is None else self._position[last] + 1
         steps = _Steps([n for n in self._nodes[:end] if n.op not in ("placeholder", "output")], keep=keep)
-        with torch.no_grad():
+        with torch.set_grad_enabled(recorded):
             return self._run(steps, env)
 
     def _run(self, steps: _Steps, env: dict[fx.Node, Any]) -> dict[fx.Node, Any]:

@@ -50,12 +50,14 @@ class Piece:
 class Gap:
     """A lane that a region reads: ``entry`` names what the region finds in place of the value ``lane``.
 
-    ``index`` counts lanes in the order in which they first cross (``Cut.crossers``); it is -1 for the canvas.
+    ``index`` counts lanes in the order in which they first cross (``Cut.crossers``); it is -1 for the canvas. No
+    gradient may come back through one that is ``detached``: the model stops it.
     """
 
     lane: str
     entry: str
     index: int
+    detached: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +209,9 @@ def insert(
         after_it = cut.lanes[k] if k < len(cut.lanes) else ()
         read = {name for piece in (body, after) if piece is not None for name in piece.inputs}
         found = tuple(
-            Gap(node.name, gap, number.get(node, -1)) for node, gap in gaps.items() if gap in read or finish is node
+            Gap(node.name, gap, number.get(node, -1), node in live.detached)
+            for node, gap in gaps.items()
+            if gap in read or finish is node
         )
         crossing = tuple((number[node], node.name) for node in before)
         new = tuple((number[node], node.name) for node in after_it if node not in before)

@@ -42,6 +42,7 @@ class Liveness:
         overwritten: Nodes whose value a later node writes over.
         live: Live nodes in program order.
         sinks: Live differentiable outputs of the model.
+        detached: Live nodes from which no gradient reaches a parameter or an input.
     """
 
     kind: Mapping[fx.Node, str]
@@ -50,6 +51,7 @@ class Liveness:
     overwritten: frozenset[fx.Node]
     live: tuple[fx.Node, ...]
     sinks: tuple[fx.Node, ...]
+    detached: frozenset[fx.Node] = frozenset()
 
 
 def liveness(gm: fx.GraphModule, *, trainable: frozenset[str] | None = None) -> Liveness:
@@ -89,7 +91,9 @@ def liveness(gm: fx.GraphModule, *, trainable: frozenset[str] | None = None) -> 
             do="check that the model has float parameters and its output is no argmax, detached or made under no_grad",
         )
     overwritten = frozenset(before for written in order.writes.values() for before in written)
-    return Liveness(kind, waits, order.memory, overwritten, tuple(n for n, k in kind.items() if k == LIVE), sinks)
+    live = tuple(n for n, k in kind.items() if k == LIVE)
+    detached = frozenset(live) - _with_gradient(kind, waits, inputs=True)
+    return Liveness(kind, waits, order.memory, overwritten, live, sinks, detached)
 
 
 def _kinds(
@@ -126,15 +130,18 @@ def _kinds(
         shared |= more
 
 
-def _with_gradient(kind: Mapping[fx.Node, str], waits: Mapping[fx.Node, tuple[fx.Node, ...]]) -> set[fx.Node]:
-    """The nodes from which a gradient reaches a trainable parameter: unlike values, it stops at a detach."""
+def _with_gradient(
+    kind: Mapping[fx.Node, str], waits: Mapping[fx.Node, tuple[fx.Node, ...]], *, inputs: bool = False
+) -> set[fx.Node]:
+    """Nodes from which a gradient reaches a trainable parameter (or an input): unlike values, it stops at a detach."""
     found: set[fx.Node] = set()
     for node, what in kind.items():
         name = getattr(node.target, "__name__", "")
         # the exporter wraps what runs under no_grad into an operator that names the mode first
         stops = name.startswith("detach") or (name == "wrap_with_set_grad_enabled" and node.args[0] is False)
         passes = what not in (NUMBER, PARAMETER) and not stops
-        if what == PARAMETER or (passes and any(before in found for before in waits[node])):
+        starts = what == PARAMETER or (inputs and node.op == "placeholder")
+        if starts or (passes and any(before in found for before in waits[node])):
             found.add(node)
     return found
 

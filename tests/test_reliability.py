@@ -22,6 +22,7 @@ from lbi_compile.gate import Gate
 from lbi_compile.verify import relative_errors
 from tests import fuzz, soak
 from tests.cases import gradients, project
+from tests.dags import Dag, Step
 from tests.fuzz import Case, cases, judge
 from tests.models import ResidualMLP
 
@@ -394,6 +395,8 @@ def test_what_is_not_finite_stays_where_autograd_has_it(value: float, engine: st
 # -- many steps
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_soak_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """The script that runs ten thousand steps, and that it sees what it looks for."""
     found = soak.soak(40, every=10, backend="eager", memory=lambda: 100)
@@ -405,3 +408,55 @@ def test_soak_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not dataclasses.replace(found, **change).ok
     leaking = iter(range(100, 200))
     assert soak.soak(4, every=1, backend="eager", memory=lambda: next(leaking)).growth == pytest.approx(0.03)
+
+
+# -- what random models found
+
+FOUND = {
+    # statistics of detached values, which crossed a boundary and came back with a gradient
+    "detached": Case(
+        steps=(Step("tanh", 5, 5), Step("buffer", 5, 3), Step("buffer", 2, 3), Step("skip", 1, 2)),
+        tap=True,
+        positions=False,
+        training=True,
+        frozen=0,
+        leaf=False,
+        options={"regions": 4, "r": 4, "interface": "identity", "readout": "last", "backward": "chain"},
+        batches=(1,),
+    ),
+    # a view of a constant, written to between two boundaries
+    "view": Case(
+        steps=(
+            Step("tied", 2, 1),
+            Step("zeros", 2, 5),
+            *(Step("attention", 1, 1),) * 2,
+            Step("alias", 1, 2),
+            Step("linear", 3, 3),
+        ),
+        tap=False,
+        positions=True,
+        training=False,
+        frozen=0,
+        leaf=False,
+        options={"regions": 2, "r": 3, "interface": "token", "cell": "gru", "backward": "chain", "allow_leak": True},
+        batches=(1,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_random_models_found(name: str) -> None:
+    found = judge(FOUND[name])
+    assert (found.kind, found.note) == ("exact", "")
+
+
+def test_detached_values_that_cross_stay_detached() -> None:
+    torch.manual_seed(0)
+    model, x = Dag(FOUND["detached"].steps, tap=True).double(), example()[:, :4]
+    bounded = transform(model, x, regions=4, r=8, readout="last", backward="chain")
+    gaps = [gap for pieces in bounded.programs[0].regions for gap in pieces.gaps]
+    assert {gap.lane.startswith("detach") for gap in gaps if gap.detached} == {True}
+    assert not any(gap.detached for gap in gaps if not gap.lane.startswith("detach"))
+    for _ in range(2):
+        project(bounded(x)[0]).backward()
+        assert not model.count.requires_grad

@@ -1,0 +1,192 @@
+"""Mutation testing: ``python -m tests.mutation --mutants 84 --seed 0 --out FILE`` (one JSON line a mutant, resumable).
+
+A copy of the tree in a temporary folder is changed, never the tree itself. Each mutant runs the fast tests of its
+module (``TESTS``) in a process of its own, forked from one that has imported torch, until the first that fails. A run
+that takes more than ``--limit`` seconds of processor time is stopped and counts as killed: ``--check`` first runs the
+tests of all modules without a change, and tells their times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.mutation.mutants import sample
+
+# The fast tests of every module: what fails first where it is wrong stands first.
+TESTS: dict[str, list[str]] = {
+    "kernels/chunked_form.py": ["test_suffix_scan.py"],
+    "kernels/cpu_scan.py": ["test_scan_forms.py::TestOnCpu"],
+    "kernels/forms.py": ["test_scan_forms.py::TestChoice"],
+    "kernels/ops.py": ["test_ops.py", "test_scan_forms.py"],
+    "kernels/pins.py": ["test_forward.py"],
+    "kernels/products.py": ["test_products.py", "test_scan_forms.py::TestProducts"],
+    "kernels/reference.py": ["test_suffix_scan.py", "test_scan_forms.py"],
+    "kernels/soft_cross_entropy.py": ["test_soft_cross_entropy.py"],
+    "kernels/soft_cross_entropy_reference.py": ["test_soft_cross_entropy.py"],
+    "lbi_compile/engines.py": ["test_engines.py"],
+    "lbi_compile/backend.py": ["test_backend.py", "test_compile.py"],
+    "lbi_compile/running.py": ["test_transform.py", "test_exactness.py", "test_forward.py"],
+    "lbi_compile/region.py": ["test_transform.py", "test_lanes.py"],
+    "lbi_compile/newton.py": ["test_newton.py"],
+    "lbi_compile/diagnostics.py": ["test_diagnostics.py", "test_products.py"],
+    "lbi_compile/staleness.py": ["test_reliability.py", "test_errors.py", "test_state.py"],
+    "lbi_compile/gate.py": ["test_reliability.py"],
+    "passes/adjoint_scan.py": ["test_scan_backward.py"],
+    "passes/alike.py": ["test_batch_regions.py"],
+    "passes/axes.py": ["test_axes.py"],
+    "passes/axis_calls.py": ["test_axis_rules.py", "test_axes.py"],
+    "passes/axis_probes.py": ["test_axis_probes.py"],
+    "passes/axis_routing.py": ["test_axis_routing.py"],
+    "passes/axis_rules.py": ["test_axis_rules.py"],
+    "passes/axis_views.py": ["test_axis_rules.py"],
+    "passes/axis_windows.py": ["test_axis_windows.py"],
+    "passes/axis_writes.py": ["test_axis_writes.py"],
+    "passes/batch_cotangents.py": ["test_batch_cotangents.py"],
+    "passes/batch_regions.py": ["test_batch_regions.py"],
+    "passes/casts.py": ["test_casts.py"],
+    "passes/costs.py": ["test_costs.py"],
+    "passes/evaluate.py": ["test_evaluate.py", "test_reliability.py"],
+    "passes/index_chunks.py": ["test_jacobian_budget.py"],
+    "passes/insert.py": ["test_insert.py"],
+    "passes/jacobian_budget.py": ["test_jacobian_budget.py"],
+    "passes/jacobian_slices.py": ["test_jacobian_slices.py"],
+    "passes/jacobians.py": ["test_scan_backward.py"],
+    "passes/lanes.py": ["test_lanes.py"],
+    "passes/layouts.py": ["test_layouts.py"],
+    "passes/linearity.py": ["test_liveness.py", "test_scan_backward.py"],
+    "passes/liveness.py": ["test_liveness.py"],
+    "passes/names.py": ["test_names.py"],
+    "passes/ordering.py": ["test_separators.py", "test_scan_backward.py"],
+    "passes/partition.py": ["test_partition.py"],
+    "passes/positions.py": ["test_axis_positions.py", "test_axes.py"],
+    "passes/repeats.py": ["test_repeats.py"],
+    "passes/scan_backward.py": ["test_scan_backward.py"],
+    "passes/separators.py": ["test_separators.py"],
+    "passes/splicing.py": ["test_scan_backward.py"],
+    "passes/validate.py": ["test_validate.py"],
+    "passes/vertex_cut.py": ["test_vertex_cut.py"],
+    "passes/windows.py": ["test_axis_windows.py"],
+}
+_WARM = (
+    "torch", "torch._dynamo", "torch.export", "numpy", "networkx", "sympy", "hypothesis", "pytest", "transformers",
+    "sklearn.datasets", "rich.console",
+)  # fmt: skip
+
+
+def copied(root: Path, to: Path) -> None:
+    """Copy what git knows of a tree, and what it does not ignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if (root / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / name, to / name)
+
+
+def run(tree: Path, tests: Sequence[str], *, limit: int, log: Path) -> tuple[str, float]:
+    """Run tests of a tree in a forked process.
+
+    Returns:
+        ``"passed"``, ``"failed"``, ``"stopped"`` at the limit or ``"broken"`` where no test ran; and seconds of
+        processor time.
+    """
+    process = os.fork()
+    if process == 0:
+        with log.open("wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+        os.chdir(tree)
+        sys.dont_write_bytecode = True  # a change within one second would be taken for none
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        os.environ["PYTHONPATH"] = str(tree)
+        for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "lbi_compile")]:
+            del sys.modules[name]
+        sys.path[:] = [str(tree), *(place for place in sys.path if place not in ("", os.environ["PWD"]))]
+        import pytest
+
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=0", "--rootdir", str(tree)]
+        os._exit(int(pytest.main([*options, *(str(tree / "tests" / name) for name in tests)])))
+    _, status, used = os.wait4(process, 0)
+    seconds = used.ru_utime + used.ru_stime
+    if os.WIFSIGNALED(status):
+        return ("stopped" if seconds >= limit - 1 else "failed"), seconds
+    return {0: "passed", 1: "failed", 2: "failed"}.get(os.waitstatus_to_exitcode(status), "broken"), seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
+    parser.add_argument("--mutants", type=int, default=84)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=120, help="seconds of processor time for one mutant")
+    parser.add_argument("--only", default="", help="modules whose path has this in it")
+    parser.add_argument("--check", action="store_true", help="run the tests without a change and tell their times")
+    parser.add_argument("--out", type=Path, default=Path("mutation.jsonl"))
+    options = parser.parse_args(arguments)
+    root = Path.cwd()
+    os.environ["PWD"] = str(root)
+    out = options.out.resolve()
+    for name in _WARM:
+        __import__(name)
+    with tempfile.TemporaryDirectory() as place:
+        tree, log = Path(place) / "tree", Path(place) / "log"
+        tree.mkdir()
+        copied(root, tree)
+        chosen = [path for path in TESTS if options.only in path]
+        if options.check:
+            return _check(tree, chosen, limit=options.limit, log=log)
+        sources = {path: (tree / path).read_text() for path in TESTS}
+        rows = _rows(out)
+        for path, mutant in sample(sources, options.mutants, seed=options.seed):
+            key = (path, mutant.line, mutant.column, mutant.now)
+            if key in rows or path not in chosen:
+                continue
+            (tree / path).write_text(mutant.apply(sources[path]))
+            begin = time.perf_counter()
+            result, seconds = run(tree, TESTS[path], limit=options.limit, log=log)
+            (tree / path).write_text(sources[path])
+            told = [
+                line for line in log.read_text(errors="replace").splitlines() if line.startswith(("FAILED", "ERROR"))
+            ]
+            row = {"path": path, "line": mutant.line, "column": mutant.column, "was": mutant.was, "now": mutant.now}
+            row |= {"result": result, "seconds": round(seconds, 1), "waited": round(time.perf_counter() - begin, 1)}
+            row |= {"by": told[0][:160] if told else ""}
+            rows[key] = row
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{result:8} {seconds:6.1f} s  {path}:{mutant.line}  {mutant.was!r} -> {mutant.now!r}", flush=True)
+    counts = Counter(row["result"] for row in rows.values())
+    killed = counts["failed"] + counts["stopped"]
+    print(f"{killed} of {len(rows)} killed ({killed / max(len(rows), 1):.0%}): {dict(counts)}")
+    return 1 if counts["broken"] else 0
+
+
+def _rows(out: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    found = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    return {(row["path"], row["line"], row["column"], row["now"]): row for row in found}
+
+
+def _check(tree: Path, paths: Sequence[str], *, limit: int, log: Path) -> int:
+    worst = 0
+    for tests in dict.fromkeys(tuple(TESTS[path]) for path in paths):
+        result, seconds = run(tree, tests, limit=limit, log=log)
+        print(f"{result:8} {seconds:6.1f} s  {' '.join(tests)}", flush=True)
+        worst |= result != "passed"
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())
