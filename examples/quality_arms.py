@@ -49,6 +49,7 @@ ARMS = {
     "chunked": Arm("chunked", {"interface": "chunked", "readout": "sum"}),
     "token-gru": Arm("token, GRU cell", {"interface": "token", "cell": "gru"}),
     "token": Arm("token, linear cell (default)", {"interface": "token", "cell": "linear"}),
+    "token-own": Arm("token, linear cell, own finish", {"interface": "token", "cell": "linear", "finish": "own"}),
     "both": Arm("token+chunked, linear cell", {"interface": "token+chunked", "cell": "linear"}),
 }
 

@@ -13,7 +13,7 @@ from local_report import mean
 from quality_arms import ARMS
 
 Row = Mapping[str, Any]
-BOUNDED = ("chunked", "token-gru", "token", "both")
+BOUNDED = ("chunked", "token-gru", "token", "token-own", "both")
 
 
 def chosen(rows: Sequence[Row], architecture: str, arm: str, **varied: Any) -> dict[int, dict[str, Any]]:

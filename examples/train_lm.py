@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--credit", choices=CREDITS, default=default.credit, help="how regions are taught")
     model.add_argument("--regions", type=int, metavar="K", help="regions, in place of the size's")
     model.add_argument("--r", type=int, default=default.r, help="latent width")
-    for name in ("cell", "readout", "backward"):
+    for name in ("cell", "finish", "readout", "backward"):
         model.add_argument(f"--{name}", default="auto", help="of transform")
     model.add_argument("--forward", default=default.forward, help="of transform: sequential, parallel, ...")
     model.add_argument("--tol", type=float, metavar="X", help="of transform: residual of a parallel forward")

@@ -62,7 +62,7 @@ class Settings:
             the regions' own losses.
         regions: Regions K; by default those of the size.
         r: Latent width R.
-        readout: Of ``transform``, like ``cell``, ``backward``, ``forward``, ``tol`` and ``allow_leak``.
+        readout: Of ``transform``, like ``cell``, ``finish``, ``backward``, ``forward``, ``tol`` and ``allow_leak``.
         steps: Optimizer steps of the whole run, over which the learning rate falls.
         batch: Sequences in a forward.
         accumulate: Forwards in a step.
@@ -86,6 +86,7 @@ class Settings:
     regions: int | None = None
     r: int = 16
     cell: str = "auto"
+    finish: str = "auto"
     readout: str = "auto"
     backward: str = "auto"
     forward: str = "sequential"
@@ -166,7 +167,7 @@ def transform_options(settings: Settings) -> dict[str, Any]:
     Args:
         settings: Of the run.
     """
-    names = ("r", "interface", "cell", "readout", "backward", "forward", "tol", "allow_leak", "seed")
+    names = ("r", "interface", "cell", "finish", "readout", "backward", "forward", "tol", "allow_leak", "seed")
     named = {name: getattr(settings, name) for name in names}
     return {"regions": settings.cut, "credit": CREDITS[settings.credit], **named}
 

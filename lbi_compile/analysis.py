@@ -25,7 +25,14 @@ from .passes.liveness import NUMBER, Liveness, is_float_tensor, liveness
 from .passes.partition import Partition, partition
 from .passes.positions import Outputs, later_inputs, outputs_along
 from .passes.separators import Separator, separators
-from .passes.validate import NOT_LATER, has_identity_path, settle_interface, settle_lanes, settle_readout
+from .passes.validate import (
+    NOT_LATER,
+    has_identity_path,
+    settle_finish,
+    settle_interface,
+    settle_lanes,
+    settle_readout,
+)
 from .plan import Decision, Lane, Part, PassRecord, Plan
 from .steps import Steps, folded_rank, measurable
 from .summary import capture_why, parts, write_plan
@@ -218,11 +225,13 @@ def analyse(model: nn.Module, capture: Capture, options: Options) -> Analysis:
         residual=uniform and all(residual),
     )
     split = uniform and interface_class(kind, cell).splits
-    finishes = tuple(steps.finish(a, b, points) if split else None for a, b in zip(edges, made_cut.ends, strict=False))
+    own = settle_finish(options.finish, interface=kind, splits=split)
+    begins = (lambda _, end, __: end) if own else steps.finish
+    finishes = tuple(begins(a, b, points) if split else None for a, b in zip(edges, made_cut.ends, strict=False))
     length = _length(made_cut, cost, outputs, lanes)
     width = options.r // (1 + max((lane.slot for lane in lanes), default=0)) or 1
     made = write_plan(
-        model, capture, live, cost, naming, made_cut, finishes, residual, split,
+        model, capture, live, cost, naming, made_cut, finishes, residual, split, own,
         interface=kind,
         cell=cell,
         readout=readout,

@@ -27,3 +27,4 @@ class Options:
     forward: str = "sequential"
     tol: float | None = None
     max_iters: int | None = None
+    finish: str = "auto"

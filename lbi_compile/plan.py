@@ -85,7 +85,8 @@ class RegionPlan:
         start: The separator that enters it in the model (the canvas for ``k = 0``).
         end: The separator that leaves it, ``h_k``.
         finish: Where its finish begins (``a_k``); ``None`` where the interface has no use for it.
-        own_finish: The finish is a small MLP of the interface, because the region ends in an op that mixes positions.
+        own_finish: The finish is a small MLP of the interface: the region ends in an op that mixes positions, or that
+            was asked for.
         forward_bytes: Bytes of the latent that leaves it forward, at the example shapes.
         backward_bytes: Bytes of the adjoint that enters it backward.
         residual: An identity path from ``start`` to ``end`` is proven.

@@ -88,6 +88,7 @@ def write_plan(
     finishes: Sequence[fx.Node | None],
     residual: Sequence[bool],
     split: bool,
+    finish_own: bool,
     **settled: Any,
 ) -> Plan:
     gm = capture.graph_module
@@ -96,6 +97,7 @@ def write_plan(
     size = canvas.meta["val"].dtype.itemsize
     regions: list[RegionPlan] = []
     edges = [canvas, *ends]
+    why_own = "asked for" if finish_own else "the region ends in an op that mixes positions"
     for k, (body, end) in enumerate(zip(bodies, ends, strict=True)):
         finish = finishes[k]
         crossing = 0 if k == len(ends) - 1 else size * _crossing(settled["interface"], cut, cost, k + 1, settled["r"])
@@ -112,7 +114,7 @@ def write_plan(
                 Decision(
                     "finish",
                     "the interface's own MLP" if own or finish is None else f"from {naming.point(finish).name} on",
-                    "the region ends in an op that mixes positions" if own else "all later ops are position-wise",
+                    why_own if own else "all later ops are position-wise",
                 )
             )
         regions.append(

@@ -39,7 +39,7 @@ from .options import Options
 from .passes.axes import coupling_error
 from .passes.insert import Owner, Program, insert
 from .passes.jacobian_budget import JACOBIAN_BYTES, check_budget
-from .passes.validate import refuse_leak
+from .passes.validate import FINISHES, refuse_leak
 from .plan import Plan
 from .region import Region
 
@@ -62,6 +62,7 @@ def transform(
     tol: float | None = None,
     max_iters: int | None = None,
     seed: int = 0,
+    finish: str = "auto",
 ) -> BoundedModule:
     """Cut ``model`` into regions that exchange only small latents, and return it as a trainable module.
 
@@ -98,6 +99,10 @@ def transform(
             latents of float32 and 1e-10 for float64.
         max_iters: Most iterations of a parallel forward; by default K - 1, after which it is exact.
         seed: Seed of the interface parameters; the global random state is left alone.
+        finish: Where a latent per position enters a region, and where the region is encoded into it. ``"auto"``: before
+            all that follows the region's last op that mixes positions, such as the MLP of a transformer's block; at
+            its end, by a small MLP of the interface, where nothing follows. ``"own"``: at the end always, so that the
+            latent hears the region's whole result. Either way only cells stand between latents.
 
     Returns:
         The bounded model.
@@ -110,8 +115,9 @@ def transform(
         >>> criterion(bounded(x), y).backward()
     """
     options = _options(
-        model, regions, r, interface, cell, readout, backward, allow_leak, seed, credit, batch_regions, jacobian_bytes
-    )
+        model, regions, r, interface, cell, readout, backward, allow_leak, seed, credit, batch_regions, jacobian_bytes,
+        finish,
+    )  # fmt: skip
     options = _with_forward(options, forward, tol, max_iters)
     bounded = BoundedModule(model, options)
     if example_inputs is not None or default_inputs(model) is not None:
@@ -129,6 +135,7 @@ def plan(
     cell: str = "auto",
     readout: str = "auto",
     credit: str | Credit = "exact",
+    finish: str = "auto",
 ) -> Plan:
     """Say how ``transform`` would cut ``model``; nothing is inserted.
 
@@ -139,7 +146,7 @@ def plan(
     Example:
         >>> print(lbi_compile.plan(model, x, regions=8).boundaries)
     """
-    options = _options(model, regions, r, interface, cell, readout, "auto", False, 0, credit)
+    options = _options(model, regions, r, interface, cell, readout, "auto", False, 0, credit, finish=finish)
     inputs = as_inputs(model, example_inputs)
     try:
         found, refused = None if is_hooked(options.regions) else capture(model, inputs), None
@@ -166,6 +173,7 @@ def _options(
     credit: str | Credit = "exact",
     batch_regions: bool = True,
     jacobian_bytes: int = JACOBIAN_BYTES,
+    finish: str = "auto",
 ) -> Options:
     if not isinstance(model, nn.Module):
         raise NotAModuleError(
@@ -200,14 +208,18 @@ def _options(
         raise InterfaceError(f"interface={interface!r}", expected=f"auto or one of {', '.join(KINDS)}", do="name one")
     if cell != "auto" and cell not in CELLS:
         raise OptionError(f"cell={cell!r}", expected=f"auto or one of {', '.join(CELLS)}", do="name one")
+    if finish not in FINISHES:
+        raise OptionError(f"finish={finish!r}", expected=f"one of {', '.join(FINISHES)}", do="name one")
     rule = as_credit(credit)
     if rule is None:
         refuse_local_plan(regions)
     else:
-        refuse_exact_options(rule, interface=interface, cell=cell, readout=readout, backward=backward)
+        refuse_exact_options(rule, interface=interface, cell=cell, readout=readout, finish=finish, backward=backward)
     engine = engines.check_request(backward)
     budget = check_budget(jacobian_bytes)
-    return Options(regions, r, interface, cell, readout, engine, allow_leak, seed, rule, bool(batch_regions), budget)
+    return Options(
+        regions, r, interface, cell, readout, engine, allow_leak, seed, rule, bool(batch_regions), budget, finish=finish
+    )
 
 
 def _with_forward(options: Options, forward: str, tol: float | None, max_iters: int | None) -> Options:

@@ -24,6 +24,7 @@ _SAME_VALUE = {
 }
 _SUMS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor, operator.add}
 NOT_LATER = ("causal", "position-wise")
+FINISHES = ("auto", "own")
 
 
 def has_identity_path(start: fx.Node, end: fx.Node, *, memory: Mapping[fx.Node, tuple[fx.Node, ...]]) -> bool:
@@ -95,6 +96,26 @@ def settle_interface(
             do="leave cell out",
         )
     return kind, chosen, tuple(made)
+
+
+def settle_finish(request: str, *, interface: str, splits: bool) -> bool:
+    """Whether every region's finish is the interface's own MLP, whatever its last ops are.
+
+    Args:
+        request: ``"auto"`` or ``"own"``.
+        interface: What crosses.
+        splits: Its latent enters regions at their finish.
+
+    Raises:
+        OptionError: It does not, and a finish is asked for.
+    """
+    if request != "auto" and not splits and interface != "none":
+        raise OptionError(
+            f"finish={request!r} with interface={interface!r}",
+            expected="a finish only for the interfaces with a latent per position, token and token+chunked",
+            do="leave finish out",
+        )
+    return request == "own"
 
 
 def settle_lanes(request: str, cell: str, *, causal: bool) -> tuple[str, None, tuple[Decision, ...]]:

@@ -39,7 +39,7 @@ from ..interfaces import Interface, ZeroInterface, build_interface, interface_cl
 from ..naming import class_name
 from ..options import Options
 from ..passes.layouts import Layout
-from ..passes.validate import refuse_leak, settle_interface, settle_readout
+from ..passes.validate import refuse_leak, settle_finish, settle_interface, settle_readout
 from ..plan import PassRecord, Plan
 from ..region import Region
 from ..report import Check
@@ -198,6 +198,7 @@ def analyse(model: nn.Module, inputs: Inputs, options: Options, refused: Capture
         causal=measured.causal,
         residual=False,
     )
+    settle_finish(options.finish, interface=kind, splits=False)
     if measured.positions and length == 1 and kind in ("pooled", "self") and not options.allow_leak:
         raise ExampleInputsError(
             f"inputs with one position for interface={kind!r} on outputs with positions",
