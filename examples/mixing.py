@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ from typing import Any
 import command
 import torch
 from command import Say, add_sizes, at_least_one, parser_of
+from data import package
 from local_report import mean
 from quality_arms import ARMS, Study
 from quality_report import chosen
 from result_rows import Rows
-from tasks import PointerChasing, Task, TwoHopRecall, WordProblem
+from tasks import LastAsked, PointerChasing, Task, TwoHopRecall, WordProblem
 from training import Settings
 
 HOME = Path(__file__).parent / "results" / "mixing"
@@ -35,6 +38,9 @@ TASKS: dict[str, tuple[str, Task]] = {
     "S5": ("products of 8 exchanges of neighbours in S5", WordProblem(letters=8, swaps=True)),
     "recall": ("value of a key by way of a bridge, 4 keys", TwoHopRecall(keys=4, values=6, queries=4)),
 }
+# of these the last answer alone is judged too: the earlier ones need less depth, and hide what is missing
+WHOLE = {"S5": "the whole product alone"}
+LAST = "last"
 
 
 def study_of(task: str, options: argparse.Namespace, rows: Rows, *, say: Any) -> Study:
@@ -58,12 +64,13 @@ def study_of(task: str, options: argparse.Namespace, rows: Rows, *, say: Any) ->
         r=options.r,
     )
     validation = source.held_out()
+    test = validation.held_out()
     budget = {name: getattr(options, name) for name in ("size", "steps", "batch", "judged", "r")}
     return Study(
         {"task": task, "architecture": options.architecture, **budget, **dataclasses.asdict(source)},
         common,
         data=lambda seed: dataclasses.replace(source, seed=seed),
-        judges={"validation": validation, "test": validation.held_out()},
+        judges={"validation": validation, "test": test, **({LAST: LastAsked(test, 1)} if task in WHOLE else {})},
         vocabulary=source.vocabulary,
         rows=rows,
         rates=tuple(options.rates),
@@ -77,18 +84,58 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: Of one size and budget.
     """
-    tasks = [name for name in TASKS if any(row["what"]["task"] == name for row in rows)]
-    lines = ["| arm | " + " | ".join(TASKS[name][0] for name in tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+    shown = _columns(rows)
+    lines = ["| arm | " + " | ".join(label for _, label, _ in shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for arm in COMPARED:
-        cells = []
-        for task in tasks:
-            mine = [row for row in rows if row["what"]["task"] == task]
-            architecture = mine[0]["what"]["architecture"]
-            found = chosen([_without_r(row) for row in mine], architecture, arm)
-            cells.append(mean([100 * one["test"]["accuracy"] for one in found.values()]))
+        cells = [mean(_accuracies(rows, arm, task, judge)) for task, _, judge in shown]
         if any(cells):
             lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Task, label and name of the judge."""
+    columns = []
+    for name, (label, _) in TASKS.items():
+        if any(row["what"]["task"] == name for row in rows):
+            columns.append((name, label, "test"))
+            columns += [(name, f"{label}: {WHOLE[name]}", LAST)] if name in WHOLE else []
+    return columns
+
+
+def _accuracies(rows: Sequence[Mapping[str, Any]], arm: str, task: str, judge: str) -> list[float]:
+    """In percent, one for each seed."""
+    mine = [_without_r(row) for row in rows if row["what"]["task"] == task]
+    found = chosen(mine, mine[0]["what"]["architecture"], arm)
+    return [100 * one[judge]["accuracy"] for one in found.values()]
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw accuracies on the test split by arm, one panel a column of the table.
+
+    Args:
+        rows: As for ``table``.
+        path: The PNG file.
+
+    Raises:
+        PackageError: ``matplotlib`` is not installed.
+    """
+    figure_of = package("matplotlib.figure", needed_for="the figure")
+    shown = _columns(rows)
+    figure = figure_of.Figure(figsize=(1.8 + 3.4 * len(shown), 2.8), layout="constrained")
+    for place, (task, label, judge) in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), place + 1, xlabel="test accuracy, %")
+        axes.set_title("\n".join(textwrap.wrap(label, 42)), fontsize=9)
+        for height, arm in enumerate(reversed(COMPARED)):
+            values = _accuracies(rows, arm, task, judge)
+            if values:
+                axes.barh(height, statistics.fmean(values), color="C0" if arm in ("dense", "shallow") else "C1")
+                axes.plot(values, [height] * len(values), "k|")
+        labels = [ARMS[arm].label for arm in reversed(COMPARED)]
+        axes.set_yticks(range(len(COMPARED)), labels if place == 0 else [""] * len(COMPARED))
+        axes.set_xlim(0, 100)
+        axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=130)
 
 
 def _without_r(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,16 +152,21 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--size", default="nano", help="default %(default)s")
     made.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2], help="grid of learning rates")
     add_sizes(made, argparse.Namespace(steps=2000, batch=32, judged=512, r=16, seeds=1), _SIZES)
+    made.add_argument("--plot", action="store_true", help="draw figure.png")
     return made
 
 
 def compare(options: argparse.Namespace, rows: Rows, say: Say) -> str:
     """Run all arms on all tasks that are asked for; returns the table."""
     at_least_one(*(getattr(options, name) for name in _SIZES))
+    if options.plot:
+        package("matplotlib", needed_for="the figure")
     for task in options.tasks:
         study = study_of(task, options, rows, say=say)
         for arm in options.arms:
             study.arm(arm, seeds=options.seeds)
+    if options.plot:
+        draw(rows.asked(), options.out / "figure.png")
     return table(rows.asked())
 
 

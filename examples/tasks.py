@@ -201,6 +201,31 @@ class TwoHopRecall(Task):
         return _asked(draw.permutation(pairs).reshape(-1), self.vocabulary - 1, asked, values[asked])
 
 
+@dataclass(frozen=True, slots=True)
+class LastAsked:
+    """Sequences of a task of which only the last answers are asked for.
+
+    Attributes:
+        source: The task.
+        count: Answers of a sequence that are asked for.
+
+    Example:
+        >>> _, targets = LastAsked(WordProblem(letters=6), 1).batch(0, 2)
+        >>> (targets != UNASKED).sum(1)
+        tensor([1, 1])
+    """
+
+    source: Task
+    count: int
+
+    def batch(self, position: int, size: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, both `[B, T]`, as ``Task.batch`` gives them."""
+        inputs, targets = self.source.batch(position, size)
+        asked = targets != UNASKED
+        after = asked.flip(1).cumsum(1).flip(1)  # answers from here on
+        return inputs, targets.masked_fill(after > self.count, UNASKED)
+
+
 def _asked(facts: Row, mark: int, questions: Row, answers: Row) -> tuple[Row, Row]:
     inputs = np.concatenate((facts, [mark], questions))
     targets = np.full_like(inputs, UNASKED)

@@ -15,7 +15,7 @@ from lbi_compile.errors import CorpusError, OptionError
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import data
-from tasks import ELEMENTS, UNASKED, PointerChasing, TwoHopRecall, WordProblem
+from tasks import ELEMENTS, UNASKED, LastAsked, PointerChasing, TwoHopRecall, WordProblem
 
 
 def write(folder, **contents):
@@ -251,6 +251,15 @@ def test_task_depends_on_seed_and_position_alone(task):
     assert len(rows) == 12
     for other in (task.held_out(), dataclasses.replace(task, seed=1)):
         assert not rows & {tuple(row) for row in other.batch(0, 12)[0].tolist()}
+
+
+@pytest.mark.parametrize("task", [task for task, _ in TASKS])
+def test_the_last_answers_alone_are_asked_for(task):
+    (inputs, targets), (same, fewer) = task.batch(3, 5), LastAsked(task, 2).batch(3, 5)
+    assert torch.equal(inputs, same)
+    for row, left in zip(targets.tolist(), fewer.tolist(), strict=True):
+        asked = [at for at, target in enumerate(row) if target != UNASKED]
+        assert left == [target if at in asked[-2:] else UNASKED for at, target in enumerate(row)]
 
 
 def test_hops_are_not_answered_by_a_shorter_walk():

@@ -132,16 +132,18 @@ def test_the_command_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Capture
 
 def test_mixing_tells_accuracy_by_task_and_arm(tmp_path: Path) -> None:
     small = ["--steps", "2", "--batch", "2", "--judged", "4", "--rates", "0.001", "--out", str(tmp_path)]
-    assert mixing.main(["--tasks", "S5", "recall", "--arms", "dense", "shallow", *small]) == 0
+    assert mixing.main(["--tasks", "S5", "recall", "--arms", "dense", "shallow", "--plot", *small]) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(one["what"]["task"], one["what"]["arm"]) for one in rows] == [
         (task, arm) for task in ("S5", "recall") for arm in ("dense", "shallow")
     ]
     accuracy = [f"{100 * one['found']['test']['accuracy']:.1f}" for one in rows]
+    last = [f"{100 * one['found']['last']['accuracy']:.1f}" for one in rows[:2]]
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert lines[2] == f"| dense | {accuracy[0]} | {accuracy[2]} |"
-    assert lines[3].endswith(f"| {accuracy[1]} | {accuracy[3]} |")
+    assert lines[2] == f"| dense | {accuracy[0]} | {last[0]} | {accuracy[2]} |"
+    assert lines[3].endswith(f"| {accuracy[1]} | {last[1]} | {accuracy[3]} |")
     assert len(lines) == 4
+    assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
 def test_splits_of_a_task_share_no_sequence() -> None:
