@@ -184,7 +184,7 @@ def _print_record(record: Any) -> None:
 
 
 def _cut(options: argparse.Namespace) -> dict[str, Any]:
-    named = {name: getattr(options, name) for name in ("r", "interface", "cell", "readout")}
+    named = {name: getattr(options, name) for name in ("r", "interface", "cell", "finish", "readout")}
     return {"regions": _regions(options.regions), **named}
 
 
@@ -286,6 +286,7 @@ def _add_cut(command: argparse.ArgumentParser, *, regions: int) -> None:
     for name, text in (
         ("interface", "what crosses: pooled, chunked, token, token+chunked, identity, zero, self"),
         ("cell", "of token and token+chunked: gru, linear"),
+        ("finish", "own: latents per position enter behind a region's last operation"),
         ("readout", "what the head reads: last, sum"),
     ):
         command.add_argument(f"--{name}", default="auto", metavar="NAME", help=f"{text} (default: auto)")

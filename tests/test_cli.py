@@ -85,6 +85,12 @@ def test_plan_json_is_a_plan_that_can_be_used_again(run, text, tmp_path):
     assert Plan.from_json(again).hash == plan.hash
 
 
+def test_plan_takes_an_own_finish(run, text):
+    code, out, _ = run("plan", text, *CUT, "--finish", "own", "--json")
+    assert code == 0
+    assert all(region.own_finish for region in Plan.from_json(out).regions)
+
+
 def test_regions_by_module_path(run, text):
     _, out, _ = run("plan", text, "--regions", "blocks.1,blocks.3", "--json")
     assert [region.part.modules for region in Plan.from_json(out).regions][1:] == [
