@@ -145,8 +145,8 @@ class RegionParallel(nn.Module):
         """``criterion(model(...), target)``, computed where the head is: of a head on the last rank alone, no more than
         the loss is sent.
 
-        It is not the forward that ``DistributedDataParallel`` watches: under it call the wrapper and take the loss of
-        its output. For FSDP2 name it by ``register_fsdp_forward_method(parallel, "loss")``.
+        It is not the forward that ``DistributedDataParallel`` watches: under it, and under FSDP2, call the
+        wrapper and take the loss of its output.
 
         Args:
             args: What the model takes, like ``kwargs``.
