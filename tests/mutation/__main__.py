@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,10 +80,12 @@ TESTS: dict[str, list[str]] = {
     "passes/vertex_cut.py": ["test_vertex_cut.py"],
     "passes/windows.py": ["test_axis_windows.py"],
 }
-_WARM = (
-    "torch", "torch._dynamo", "torch.export", "numpy", "networkx", "sympy", "hypothesis", "pytest", "transformers",
-    "sklearn.datasets", "rich.console",
-)  # fmt: skip
+# Not the plugins of pytest: it has to be the first to import those.
+_WARM = ("torch", "torch._dynamo", "torch.export", "numpy", "networkx", "sympy", "pytest", "rich.console")
+
+
+# Exit code of a process that ran no test.
+_NO_RESULT = 99
 
 
 def copied(root: Path, to: Path) -> None:
@@ -105,26 +108,37 @@ def run(tree: Path, tests: Sequence[str], *, limit: int, log: Path) -> tuple[str
     """
     process = os.fork()
     if process == 0:
-        with log.open("wb") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
-        os.chdir(tree)
-        sys.dont_write_bytecode = True  # a change within one second would be taken for none
-        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-        os.environ["PYTHONPATH"] = str(tree)
-        for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "lbi_compile")]:
-            del sys.modules[name]
-        sys.path[:] = [str(tree), *(place for place in sys.path if place not in ("", os.environ["PWD"]))]
-        import pytest
-
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=0", "--rootdir", str(tree)]
-        os._exit(int(pytest.main([*options, *(str(tree / "tests" / name) for name in tests)])))
+        try:
+            code = _in_child(tree, tests, limit=limit, log=log)
+        except BaseException:
+            traceback.print_exc()
+            code = _NO_RESULT
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # what the parent has open is not the child's to close
     _, status, used = os.wait4(process, 0)
     seconds = used.ru_utime + used.ru_stime
     if os.WIFSIGNALED(status):
         return ("stopped" if seconds >= limit - 1 else "failed"), seconds
     return {0: "passed", 1: "failed", 2: "failed"}.get(os.waitstatus_to_exitcode(status), "broken"), seconds
+
+
+def _in_child(tree: Path, tests: Sequence[str], *, limit: int, log: Path) -> int:
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+    root = os.getcwd()
+    os.chdir(tree)
+    sys.dont_write_bytecode = True  # a change within one second would be taken for none
+    os.environ.update(PYTHONDONTWRITEBYTECODE="1", PYTHONPATH=str(tree))
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "lbi_compile")]:
+        del sys.modules[name]
+    sys.path[:] = [str(tree), *(place for place in sys.path if place not in ("", ".", root))]
+    import pytest
+
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=0", "--rootdir", str(tree)]
+    return int(pytest.main([*options, *(str(tree / "tests" / name) for name in tests)]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,7 +151,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("mutation.jsonl"))
     options = parser.parse_args(arguments)
     root = Path.cwd()
-    os.environ["PWD"] = str(root)
     out = options.out.resolve()
     for name in _WARM:
         __import__(name)
@@ -184,6 +197,8 @@ def _check(tree: Path, paths: Sequence[str], *, limit: int, log: Path) -> int:
     for tests in dict.fromkeys(tuple(TESTS[path]) for path in paths):
         result, seconds = run(tree, tests, limit=limit, log=log)
         print(f"{result:8} {seconds:6.1f} s  {' '.join(tests)}", flush=True)
+        if result == "broken":
+            print(log.read_text(errors="replace")[-2000:])
         worst |= result != "passed"
     return worst
 
