@@ -18,6 +18,7 @@ from .capture import Inputs, bind, describe_inputs, signature
 from .credit.base import LocalCredit, no_local_credit
 from .errors import (
     EngineError,
+    NotBuiltError,
     PlanError,
     ShapeNotCapturedError,
 )
@@ -35,6 +36,7 @@ from .racing import Racer
 from .region import Region, Taps
 from .running import assemble, each
 from .staleness import Fingerprint, fingerprint, modes_of, placement, raise_if_stale
+from .taking import taking
 from .unbuilt import Unbuilt, not_built
 
 # Two numbers for each bounded model: where two latents cross a boundary, their markers belong to two chains.
@@ -82,6 +84,7 @@ class BoundedModule(nn.Module):
         self._gate = Gate()
         self._forget()
         self._modules["lbi"] = Unbuilt()
+        self.__class__ = taking(BoundedModule, model)
 
     def _forget(self) -> None:
         """Drop everything that is derived from the model by capture and compilation; it is made anew when needed."""
@@ -278,6 +281,8 @@ class BoundedModule(nn.Module):
             key = self._key(inputs)
             program = self._programs.get(key)
             if program is None:
+                if exporting():
+                    raise _not_captured(self.training)
                 raise RuntimeError("call the bounded model once in this mode with such inputs before compiling it")
             # without markers a backend has nothing to rewrite and gives the plain, exact backward
             marked = not exporting() and self._checks[key].coupled is None
@@ -472,6 +477,9 @@ class BoundedModule(nn.Module):
 
     # -- copies, moves, state
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank, (), self.__getstate__()
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         for derived in ("_programs", "_checks", "_known", "_compiled", "_racer", "_solver", "_chain", "_seen", "_gate"):
@@ -484,6 +492,7 @@ class BoundedModule(nn.Module):
         self._seen = None
         self._gate = Gate()
         self._forget()
+        self.__class__ = taking(BoundedModule, self.source)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BoundedModule:
         before = placement(self)
@@ -491,3 +500,17 @@ class BoundedModule(nn.Module):
         if placement(self) != before:
             self._forget()  # devices and dtypes are baked into captured code
         return self
+
+
+def _not_captured(training: bool) -> NotBuiltError:
+    mode = "training" if training else "evaluation"
+    return NotBuiltError(
+        f"an export of a bounded model that has not been called in {mode} mode with inputs of this kind",
+        expected="one call before, which captures the model in this mode",
+        do=f"call bounded(x) once after bounded.{'train' if training else 'eval'}(), then export",
+    )
+
+
+def _blank() -> BoundedModule:
+    """What a copy and a pickle begin with; its state says what it takes."""
+    return BoundedModule.__new__(BoundedModule)
