@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from .credit.base import LocalCredit
 from .interfaces import Interface
 from .interfaces.lanes import LanesInterface
-from .passes.insert import RegionPieces
+from .passes.insert import Piece, Program, RegionPieces
 
 # Name under which a run keeps the canvas and the other shared sources; no node of a graph has such a name.
 SOURCES = "<sources>"
@@ -41,16 +43,36 @@ class Opened(NamedTuple):
     z: Any
 
 
+class Values(dict[str, Any]):
+    """The values of one run by name.
+
+    A class of its own, so that hooks which take the arguments of a region apart (those of ``fully_shard``) leave it
+    whole: what a region puts here is read by later ones.
+    """
+
+
 class Region(nn.Module):
     """Region ``k`` as a module: ``(canvas, m_k) -> (m_{k+1}, h_k)``.
 
-    It owns no parameters; it fetches them from the bounded model by their original names whenever it is called.
+    It fetches parameters from the bounded model by their original names whenever it is called. Those of modules that no
+    other part of the model reads are also its own, in the same dictionaries: ``fully_shard(bounded.regions[k])`` and
+    whatever else works on a module's parameters takes these.
+
+    Args:
+        k: Index of the region.
+        interface: What it exchanges latents by.
+        owners: Modules of the model that this region alone reads, by path.
     """
 
-    def __init__(self, k: int, interface: Interface) -> None:
+    def __init__(self, k: int, interface: Interface, owners: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
         self.k = k
         self._interface = (interface,)  # in a tuple: parameters belong to the bounded model, not to each region
+        for path, owner in (owners or {}).items():
+            shelf: nn.Module = self
+            for part in path.split("."):
+                shelf = shelf._modules.setdefault(part, nn.Module())  # pyright: ignore[reportAssignmentType]
+            shelf._parameters = owner._parameters
 
     def forward(
         self, canvas: Tensor, m: Any, values: dict[str, Any], pieces: RegionPieces
@@ -120,3 +142,31 @@ class Region(nn.Module):
         new = {index: values[name] for index, name in pieces.new}
         h = values[pieces.end]
         return interface.leave_lanes(k, m, new, read), h, values.get(pieces.entry, h)
+
+
+def owners_of(model: nn.Module, program: Program) -> list[dict[str, nn.Module]]:
+    """For each region the modules, by path, that hold parameters which it alone reads.
+
+    Args:
+        model: The model that was captured.
+        program: What it was cut into.
+    """
+    held = {path: module for path, module in model.named_modules() if path and _own(module)}
+
+    def read(*pieces: Piece | None) -> set[int]:
+        return {id(getattr(owner, name)) for piece in pieces if piece for owner, name in piece.attributes}
+
+    regions = [read(pieces.body, pieces.finish) for pieces in program.regions]
+    readers = Counter(key for keys in (read(program.prologue, program.stem, program.head), *regions) for key in keys)
+    return [
+        {
+            path: module
+            for path, module in held.items()
+            if all(id(p) in keys and readers[id(p)] == 1 for p in _own(module))
+        }
+        for keys in regions
+    ]
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module._parameters.values() if p is not None]

@@ -16,7 +16,7 @@ from .kernels import ops
 from .kernels.pins import jacobian, pinned
 from .passes.alike import CHAIN, REGION
 from .passes.insert import OutputName, Program
-from .region import SOURCES, Taps
+from .region import SOURCES, Taps, Values
 
 if TYPE_CHECKING:
     from .bounded import BoundedModule
@@ -105,7 +105,7 @@ def _begin(
     bounded: BoundedModule, program: Program, leaves: list[Any], canvas: Tensor | None = None
 ) -> tuple[dict[str, Any], Tensor | None]:
     """Run what comes before region 0; all values by name, and `m_0`."""
-    values: dict[str, Any] = dict(zip(program.inputs, leaves, strict=True))
+    values = Values(zip(program.inputs, leaves, strict=True))
     program.prologue.run(values)
     program.stem.run(values)
     if canvas is not None:

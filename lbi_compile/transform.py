@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from .errors import (
     LatentWidthError,
     LBIError,
     NotAModuleError,
+    NotBuiltError,
     OptionError,
     RegionsError,
 )
@@ -41,7 +43,7 @@ from .passes.insert import Owner, Program, insert
 from .passes.jacobian_budget import JACOBIAN_BYTES, check_budget
 from .passes.validate import FINISHES, refuse_leak
 from .plan import Plan
-from .region import Region
+from .region import Region, owners_of
 
 
 def transform(
@@ -277,7 +279,8 @@ def _put_together(bounded: BoundedModule, inputs: Inputs, found: Capture) -> Non
     interface = _interface(bounded, analysis, program)
     check = _check(analysis, interface)
     check.raise_if_coupled(options.backward, forward=options.forward)
-    regions = tuple(Region(k, interface) for k in range(len(analysis.plan.regions)))
+    owners = owners_of(model, program)
+    regions = tuple(Region(k, interface, owners[k]) for k in range(len(analysis.plan.regions)))
     before = (bounded._plan, bounded._regions, bounded._modules["lbi"])
     bounded._plan, bounded._regions = analysis.plan, regions
     bounded._modules["lbi"] = interface
@@ -322,6 +325,7 @@ def own_devices() -> contextlib.AbstractContextManager[Any]:
 def captured(bounded: BoundedModule, inputs: Inputs) -> Capture:
     """Capture the bounded model's source in the bounded model's mode."""
     model = bounded.source
+    _refuse_sharded(model)
     mode, model.training = model.training, bounded.training
     try:
         found = capture(model, inputs)
@@ -330,6 +334,19 @@ def captured(bounded: BoundedModule, inputs: Inputs) -> Capture:
     if bounded._retarget is not None:
         _retarget(found.graph_module, bounded._retarget)
     return found
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    tensors = sys.modules.get("torch.distributed.tensor")
+    if tensors is None:
+        return
+    sharded = [name for name, p in model.named_parameters() if isinstance(p, tensors.DTensor)]
+    if sharded:
+        raise NotBuiltError(
+            f"a capture of a model with parameters sharded over ranks ({', '.join(sharded[:3])})",
+            expected="whole parameters while a model is captured, which is once for each mode and kind of inputs",
+            do="call the bounded model once in each mode, train and eval, before fully_shard",
+        )
 
 
 def _retarget(gm: fx.GraphModule, dtype: torch.dtype) -> None:

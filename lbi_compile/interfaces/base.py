@@ -181,10 +181,10 @@ class Draw:
         return self.norm(width) if width >= SMALLEST_NORM else nn.Tanh()
 
     def parameter(self, value: Tensor | float) -> nn.Parameter:
-        """``value`` as a trainable parameter."""
+        """``value`` as a trainable parameter; a number as a vector of one, since ``fully_shard`` takes no scalars."""
         # named, for a device context of the caller would apply to a plain number
         device = value.device if isinstance(value, Tensor) else "cpu"
-        wide = torch.as_tensor(value, dtype=torch.float64, device=device)
+        wide = torch.atleast_1d(torch.as_tensor(value, dtype=torch.float64, device=device))
         return nn.Parameter(wide.to(device=self.device, dtype=self.dtype))
 
 
