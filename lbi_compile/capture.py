@@ -176,6 +176,7 @@ def capture(model: nn.Module, inputs: Inputs, *, ladder: tuple[tuple[str, ...], 
             expected="a torch.nn.Module",
             do="wrap the function in a module whose forward calls it",
         )
+    _refuse_names(model)
     inputs = _at_least_two(inputs)
     refused: list[tuple[str, str]] = []
     first: BaseException | None = None
@@ -239,6 +240,17 @@ def raise_if_unfit(model: nn.Module, inputs: Inputs) -> None:
             expected="inputs that the model itself runs on",
             do="call model(...) with them first; pass keyword arguments as a dict",
         ) from own
+
+
+def _refuse_names(model: nn.Module) -> None:
+    """Graphs become code in which names stand between quotes as they are: some would end the quotes."""
+    for path, _ in itertools.chain(model.named_modules(), model.named_parameters(), model.named_buffers()):
+        if any(letter in path for letter in '"\\\n\r'):
+            raise CaptureError(
+                f"the name {path!r}",
+                expected="names of modules, parameters and buffers without quotes, backslashes and line breaks",
+                do="rename it: torch.fx writes names into the code of a graph as they are",
+            )
 
 
 def _why_not(model: nn.Module, inputs: Inputs, error: BaseException) -> CaptureError:

@@ -271,7 +271,7 @@ class Plan:
                     "gather": None if record["gather"] is None else _point(record["gather"]),
                 }
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise PlanError(
                 f"text that is no plan ({type(error).__name__}: {error})",
                 expected="the JSON that Plan.to_json wrote",

@@ -23,12 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 from ..bounded import BoundedModule
 from ..errors import CheckpointError
 from .module import RegionParallel
+from .plain_data import PlainPlanner, read_record, refuse_code
 from .ranks import Ranks
 
 RECORD = "complete.json"
@@ -105,7 +107,7 @@ def load(
     """Go on from a checkpoint; every rank calls it, and there may be other ranks than when it was written.
 
     Parameters, buffers, the optimizer's state and the random generators are as they were. Only what this rank holds is
-    read.
+    read, and only plain data: a checkpoint with code in it is refused and none of the code is run.
 
     Args:
         folder: Where checkpoints are.
@@ -118,7 +120,8 @@ def load(
         What it said, or ``None`` where there is no whole checkpoint and no step was asked for.
 
     Raises:
-        CheckpointError: The checkpoint that was asked for is missing or not whole, or is of another plan.
+        CheckpointError: The checkpoint that was asked for is missing or not whole, is of another plan, or holds more
+            than data.
 
     Example:
         >>> restored = lbi_compile.distributed.load("run", parallel, optimizer)
@@ -127,7 +130,7 @@ def load(
     path = _together(lambda: _find(Path(folder), step))
     if path is None:
         return None
-    record = json.loads((path / RECORD).read_text())
+    record = read_record(path / RECORD)
     own = _plan_hash(module)
     if own is not None and record["plan"] not in (None, own):
         raise CheckpointError(
@@ -142,7 +145,11 @@ def load(
     state = {"model": model_state, "optimizer": optimizer_state} if optimizer is not None else {"model": model_state}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is as good
-        state_dict_loader.load(state, checkpoint_id=path)
+        try:
+            state_dict_loader.load(state, checkpoint_id=path, planner=PlainPlanner())
+        except CheckpointException as error:
+            refused = [one for one, _ in error.failures.values() if isinstance(one, CheckpointError)]
+            raise (refused or [error])[0] from error
     optimizers = [] if optimizer is None else [optimizer]
     set_state_dict(module, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state, options=_OPTIONS)
     draws = record["random"]
@@ -241,9 +248,11 @@ def _whole(folder: Path) -> list[Path]:
 def _fault(path: Path) -> str | None:
     """What a checkpoint lacks."""
     try:
-        files = json.loads((path / RECORD).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        files = read_record(path / RECORD)["files"]
+    except OSError:
         return f"no {RECORD}"
+    except ValueError as error:
+        return f"a {RECORD} with {error}"
     for name, size in files.items():
         if not (path / name).is_file() or (path / name).stat().st_size != size:
             return f"{name} of other than {size} bytes"
@@ -252,7 +261,10 @@ def _fault(path: Path) -> str | None:
 
 def _find(folder: Path, step: int | None) -> Path | None:
     if step is None:
-        return next(iter(_whole(folder)), None)
+        path = next(iter(_whole(folder)), None)
+        if path is not None:
+            refuse_code(path)
+        return path
     path = folder / f"step-{step:08d}"
     fault = _fault(path)
     if fault is not None:
@@ -261,6 +273,7 @@ def _find(folder: Path, step: int | None) -> Path | None:
             expected="a whole checkpoint",
             do="leave step out to take the newest whole one" if _whole(folder) else "begin anew",
         )
+    refuse_code(path)
     return path
 
 
