@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -9,11 +10,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 TOP = {
     *("lbi_compile", "passes", "kernels", "tests", "examples", ".ci"),
-    *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", ".gitignore"),
+    *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", ".gitignore"),
 }
 
 
@@ -90,3 +92,29 @@ def test_top_level_holds_nothing_else():
     if listed.returncode:
         pytest.skip("not a git checkout")
     assert {name.split("/")[0] for name in listed.stdout.splitlines()} == TOP
+
+
+def test_the_lock_pins_what_is_required():
+    lines = (ROOT / ".ci" / "lock.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    text = project()["project"]
+    needs = [Requirement(need) for need in (*text["dependencies"], *text["optional-dependencies"]["test"])]
+    for need in needs:
+        assert need.specifier.contains(pins[need.name.lower()]), need
+    assert "--constraint .ci/lock.txt" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_release_builds_installs_and_runs(tmp_path):
+    done = subprocess.run(
+        [ROOT / ".ci" / "release", tmp_path / "dist"],
+        capture_output=True,
+        text=True,
+        timeout=1700,
+        check=False,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "No broken requirements found." in done.stdout
+    assert {path.suffix for path in (tmp_path / "dist").iterdir()} == {".whl", ".gz"}
