@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 TOP = {
-    *("lbi_compile", "passes", "kernels", "tests", "examples", ".ci"),
+    *("lbi_compile", "passes", "kernels", "tests", "examples", "docs", ".ci"),
     *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", ".gitignore"),
 }
 
