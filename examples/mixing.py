@@ -30,6 +30,7 @@ from training import Settings
 
 HOME = Path(__file__).parent / "results" / "mixing"
 _SIZES = ("steps", "batch", "judged", "r", "seeds")
+_BUDGET = ("size", "steps", "batch", "judged", "r")
 COMPARED = ("dense", "shallow", "self", "chunked", "token", "both")
 TASKS: dict[str, tuple[str, Task]] = {
     "1 hop": ("one hop in a permutation of 6", PointerChasing(nodes=6, hops=1, queries=6)),
@@ -39,7 +40,7 @@ TASKS: dict[str, tuple[str, Task]] = {
     "recall": ("value of a key by way of a bridge, 4 keys", TwoHopRecall(keys=4, values=6, queries=4)),
 }
 # of these the last answer alone is judged too: the earlier ones need less depth, and hide what is missing
-WHOLE = {"S5": "the whole product alone"}
+WHOLE = {"S5": "the product of all 8 alone"}
 LAST = "last"
 
 
@@ -65,7 +66,7 @@ def study_of(task: str, options: argparse.Namespace, rows: Rows, *, say: Any) ->
     )
     validation = source.held_out()
     test = validation.held_out()
-    budget = {name: getattr(options, name) for name in ("size", "steps", "batch", "judged", "r")}
+    budget = {name: getattr(options, name) for name in _BUDGET}
     return Study(
         {"task": task, "architecture": options.architecture, **budget, **dataclasses.asdict(source)},
         common,
@@ -99,7 +100,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     for name, (label, _) in TASKS.items():
         if any(row["what"]["task"] == name for row in rows):
             columns.append((name, label, "test"))
-            columns += [(name, f"{label}: {WHOLE[name]}", LAST)] if name in WHOLE else []
+            columns += [(name, WHOLE[name], LAST)] if name in WHOLE else []
     return columns
 
 
@@ -153,6 +154,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2], help="grid of learning rates")
     add_sizes(made, argparse.Namespace(steps=2000, batch=32, judged=512, r=16, seeds=1), _SIZES)
     made.add_argument("--plot", action="store_true", help="draw figure.png")
+    made.add_argument("--only-report", action="store_true", help="run nothing, make table and figure of the rows")
     return made
 
 
@@ -161,13 +163,15 @@ def compare(options: argparse.Namespace, rows: Rows, say: Say) -> str:
     at_least_one(*(getattr(options, name) for name in _SIZES))
     if options.plot:
         package("matplotlib", needed_for="the figure")
-    for task in options.tasks:
+    for task in [] if options.only_report else options.tasks:
         study = study_of(task, options, rows, say=say)
         for arm in options.arms:
             study.arm(arm, seeds=options.seeds)
+    budget = {name: getattr(options, name) for name in ("architecture", *_BUDGET)}
+    shown = [row for row in rows.all() if budget.items() <= row["what"].items()]
     if options.plot:
-        draw(rows.asked(), options.out / "figure.png")
-    return table(rows.asked())
+        draw(shown, options.out / "figure.png")
+    return table(shown)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -144,6 +144,8 @@ def test_mixing_tells_accuracy_by_task_and_arm(tmp_path: Path) -> None:
     assert lines[3].endswith(f"| {accuracy[1]} | {last[1]} | {accuracy[3]} |")
     assert len(lines) == 4
     assert (tmp_path / "figure.png").stat().st_size > 5000
+    assert mixing.main(["--only-report", "--arms", "self", *small]) == 0
+    assert (tmp_path / "table.md").read_text().splitlines() == lines
 
 
 def test_splits_of_a_task_share_no_sequence() -> None:
