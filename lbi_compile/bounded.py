@@ -84,7 +84,7 @@ class BoundedModule(nn.Module):
         self._gate = Gate()
         self._forget()
         self._modules["lbi"] = Unbuilt()
-        self.__class__ = taking(BoundedModule, model)
+        self.__class__ = taking(BoundedModule, model)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _forget(self) -> None:
         """Drop everything that is derived from the model by capture and compilation; it is made anew when needed."""
@@ -492,7 +492,7 @@ class BoundedModule(nn.Module):
         self._seen = None
         self._gate = Gate()
         self._forget()
-        self.__class__ = taking(BoundedModule, self.source)
+        self.__class__ = taking(BoundedModule, self.source)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _apply(self, fn: Any, recurse: bool = True) -> BoundedModule:
         before = placement(self)
