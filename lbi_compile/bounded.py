@@ -418,7 +418,7 @@ class BoundedModule(nn.Module):
         Args:
             inputs: One call's inputs.
         """
-        from .transform import build  # transform knows bounded, so bounded cannot know it at import
+        from .build import build  # build knows bounded, so bounded cannot know it at import
 
         build(self, inputs)
 
@@ -457,7 +457,7 @@ class BoundedModule(nn.Module):
         self._seen = self._seen or fingerprint(self)
 
     def _build_program(self, inputs: Inputs) -> tuple[Program, ShapeCheck]:
-        from .transform import build_program
+        from .build import build_program
 
         try:
             return build_program(self, inputs)

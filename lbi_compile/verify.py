@@ -15,6 +15,7 @@ from ._torch import pytree
 from .analysis import Analysis, locate
 from .auto import narrow
 from .bounded import BoundedModule
+from .build import captured, same_draws
 from .capture import Inputs, as_inputs, undisturbed
 from .credit.check import local_checks
 from .diagnostics import JacobianNorms, jacobian_norms
@@ -26,7 +27,6 @@ from .passes.axes import Verdict
 from .passes.validate import NOT_LATER
 from .racing import costs
 from .report import Check, Report
-from .transform import captured, same_draws
 
 TOLERANCE = 1e-10
 
