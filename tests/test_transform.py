@@ -198,7 +198,9 @@ def test_regions_are_modules_that_fetch_the_models_parameters():
     model, x = VisionTransformer(width=8, heads=2, depth=3), torch.randn(2, 1, 8, 8)
     bounded = transform(model, x, regions=3, r=4)
     assert [region.k for region in bounded.regions] == [0, 1, 2]
-    assert all(isinstance(region, nn.Module) and list(region.parameters()) == [] for region in bounded.regions)
+    own = [{name: id(p) for name, p in region.named_parameters()} for region in bounded.regions]
+    held = {name: id(p) for name, p in model.named_parameters()}
+    assert own == [{name: held[name] for name in held if name.startswith(f"blocks.{k}.")} for k in range(3)]
     calls: list[int] = []
     for region in bounded.regions:
         region.register_forward_hook(lambda module, args, out: calls.append(module.k))
