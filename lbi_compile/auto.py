@@ -28,10 +28,8 @@ from .plan import Plan
 
 # The model is good to about this factor; an engine that it puts further behind is not tried.
 SLACK = 2.0
-# One that has to be compiled first, for many seconds, is tried only where it is put this far ahead of the others.
-COMPILED_SLACK = 0.7
-# Share of an operator's cost that batching over regions leaves: its operands are put together, its results taken apart.
-TAKEN_APART = 0.5
+# One that has to be compiled first, for many seconds, is tried only where it is put ahead of the others by so much.
+COMPILED_SLACK = 0.95
 # Timed steps per engine, after one that is not counted, in which compilers run and caches fill.
 ROUNDS = 3
 # Calls in a row that nobody differentiated, after which the cost model decides.
@@ -54,24 +52,51 @@ class Rates(NamedTuple):
         forward: An operator of an eager forward, recorded by autograd.
         backward: Its backward.
         graph: An operator of a compiled graph that runs operator by operator.
+        stacked: One that runs for all regions at once.
+        apart: What each region's share of a stacked operator costs beside: operands are put together, results taken
+            apart.
         marker: A boundary of the chain, forward and backward.
         scan: One step of the suffix scan.
         flops: Floating-point operations per second in small products.
+        wide: The same where r cotangents share a product's weights.
     """
 
     forward: float
     backward: float
     graph: float
+    stacked: float
+    apart: float
     marker: float
     scan: float
     flops: float
+    wide: float
 
 
 # One thread of a busy server, fitted to steps of the bench's cases; an H100-class GPU, where the first four are
 # estimates of what the host takes to launch.
 RATES = {
-    "cpu": Rates(forward=1e-5, backward=1.4e-5, graph=1.4e-5, marker=2e-5, scan=1e-5, flops=4e10),
-    "cuda": Rates(forward=9e-6, backward=1.2e-5, graph=8e-6, marker=2.5e-5, scan=1e-7, flops=2e13),
+    "cpu": Rates(
+        forward=1e-5,
+        backward=1.4e-5,
+        graph=1.1e-5,
+        stacked=2.1e-5,
+        apart=6e-6,
+        marker=2e-5,
+        scan=1e-5,
+        flops=4e10,
+        wide=1.2e11,
+    ),
+    "cuda": Rates(
+        forward=9e-6,
+        backward=1.2e-5,
+        graph=8e-6,
+        stacked=8e-6,
+        apart=4e-6,
+        marker=2.5e-5,
+        scan=1e-7,
+        flops=2e13,
+        wide=2e13,
+    ),
 }
 
 
@@ -141,9 +166,10 @@ def predict(facts: Facts) -> dict[str, float]:
     """Seconds of forward and backward under each engine.
 
     With n operators, F FLOPs, of which n' and F' lie between latents, L latents and K regions: autograd takes
-    `n (o_f + o_b) + 3 F / f`; the chain adds `L o_m`; the scan takes `n (p + q) o_g + 3 F / f` for forward and
-    parameters and `2 n' q o_g + 2 r F' / f + (L - 1) o_s` for Jacobians and scan, where p and q are `1 / K + 1 / 2`
-    where forward and backward of equal regions are batched, else 1. A product's two cotangents cost twice its forward.
+    `n (o_f + o_b) + 3 F / f`; the chain adds `L o_m`. The scan takes `n (p + q) + 3 F / f` for forward and parameters,
+    and `n' j + 2 r F' / f_r + (L - 1) o_s` for Jacobians and scan. With regions one by one p, q, j are `o_g, o_b, 2 o_b`;
+    where they are batched q is `o_K / K + o_a` and j `2 o_K / K + o_a / 2`, as Jacobians stay together, and p is q where
+    no region's forward waits for another's. A product's two cotangents cost twice its forward.
 
     Args:
         facts: Of the model and the call.
@@ -156,10 +182,13 @@ def predict(facts: Facts) -> dict[str, float]:
     rate = RATES.get(facts.device, RATES["cpu"])
     work = 3 * facts.flops / rate.flops
     plain = facts.nodes * (rate.forward + rate.backward) + work
-    side_by_side = 1 / facts.regions + TAKEN_APART if facts.batched else 1.0
-    forwards = side_by_side if facts.parallel else 1.0
-    launches = facts.nodes * (forwards + side_by_side) * rate.graph
-    jacobians = 2 * facts.slice_nodes * rate.graph * side_by_side + 2 * facts.r * facts.slice_flops / rate.flops
+    forward, backward, slices = rate.graph, rate.backward, 2 * rate.backward
+    if facts.batched:
+        share = rate.stacked / facts.regions
+        backward, slices = share + rate.apart, 2 * share + rate.apart / 2
+        forward = backward if facts.parallel else forward
+    launches = facts.nodes * (forward + backward)
+    jacobians = facts.slice_nodes * slices + 2 * facts.r * facts.slice_flops / rate.wide
     steps = max(facts.latents - 1, 0) * rate.scan
     return {
         AUTOGRAD: plain,
