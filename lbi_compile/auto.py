@@ -167,9 +167,9 @@ def predict(facts: Facts) -> dict[str, float]:
 
     With n operators, F FLOPs, of which n' and F' lie between latents, L latents and K regions: autograd takes
     `n (o_f + o_b) + 3 F / f`; the chain adds `L o_m`. The scan takes `n (p + q) + 3 F / f` for forward and parameters,
-    and `n' j + 2 r F' / f_r + (L - 1) o_s` for Jacobians and scan. With regions one by one p, q, j are `o_g, o_b, 2 o_b`;
-    where they are batched q is `o_K / K + o_a` and j `2 o_K / K + o_a / 2`, as Jacobians stay together, and p is q where
-    no region's forward waits for another's. A product's two cotangents cost twice its forward.
+    and `n' j + 2 r F' / f_r + (L - 1) o_s` for Jacobians and scan. With regions one by one p, q and j are `o_g`, `o_b`
+    and `2 o_b`. Where they are batched q is `o_K / K + o_a` and j `2 o_K / K + o_a / 2`, as Jacobians stay together;
+    p is q where no region's forward waits for another's. A product's two cotangents cost twice its forward.
 
     Args:
         facts: Of the model and the call.
