@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import time
 from collections import defaultdict
@@ -200,11 +201,26 @@ class _Emitter:
             if all(node.op == "placeholder" for node in nodes):
                 self.record.stacked_numbers += sum(node.meta["val"].numel() for node in nodes)
             parts = [self._item(node) for node in nodes]
-            # Inductor would decompose a stack and then spend more time on a view for each part than one call takes
-            stack = aten._stack.default if self.inductor else aten.stack.default
-            made = self._call(stack, (parts,), tag)
+            made = self._stack(parts, tag)
         self.gathered[nodes, made.meta["partitioner_tag"]] = made
         return made
+
+    def _stack(self, parts: list[fx.Node], tag: str) -> fx.Node:
+        """Stack the regions' values, `[...]` each, to `[n, ...]`."""
+        if not self.inductor:
+            return self._call(aten.stack.default, (parts,), tag)
+        # Inductor would decompose a stack and then spend more time on a view for each part than one call takes. That
+        # call copies as many numbers as the first dimension's stride says: too many where its size is 1 and its stride
+        # is that of a larger tensor it is a part of, as torch takes such a part for contiguous.
+        shape = parts[0].meta["val"].shape
+        first = shape[0] if len(shape) else 1
+        if isinstance(first, int) and first > 1:
+            return self._call(aten._stack.default, (parts,), tag)
+        if all(isinstance(size, int) for size in shape) and math.prod(shape) > 1:
+            flat = [self._call(aten.reshape.default, (part, [-1]), tag) for part in parts]
+            return self._call(aten.reshape.default, (self._call(aten._stack.default, (flat,), tag), [-1, *shape]), tag)
+        rows = [self._call(aten.unsqueeze.default, (part, 0), tag) for part in parts]
+        return self._call(aten.cat.default, (rows,), tag)
 
     def _place(self, node: fx.Node) -> tuple[fx.Node, int] | None:
         return self.items.get(node) or item_of(node)
