@@ -104,7 +104,7 @@ def test_marks_do_not_stay_on_the_callers_tensor() -> None:
 
 @pytest.mark.slow
 def test_parts_of_one_position_are_put_together_whole() -> None:
-    """Parts of a larger tensor whose first dimension is 1 keep that tensor's stride there, which `aten._stack` copies."""
+    """Parts of a larger tensor of first dimension 1 keep its stride there, and `aten._stack` copies as many numbers."""
     bounded, inputs = bounded_without_dropout("transformer", interface="token")
     one = inputs[:1, :1]  # type: ignore[index]
     expected = gradients(bounded, one, "autograd")
