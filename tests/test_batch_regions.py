@@ -59,6 +59,7 @@ def test_gradients_and_random_numbers_are_those_of_autograd(
     assert not batched.unbatched
 
 
+@pytest.mark.slow
 def test_without_batching_every_region_runs_by_itself() -> None:
     model, inputs = in_float64("mlp", depth=4)
     nodes = {}

@@ -92,6 +92,7 @@ def test_a_mode_that_was_never_run_cannot_be_compiled_blindly() -> None:
     assert torch.equal(torch.compile(bounded, backend="eager", fullgraph=True)(inputs), expected)
 
 
+@pytest.mark.slow
 def test_marks_do_not_stay_on_the_callers_tensor() -> None:
     bounded, inputs = bounded_without_dropout("mlp")
     assert isinstance(inputs, Tensor)

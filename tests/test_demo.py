@@ -117,6 +117,7 @@ def test_short_run_learns(capsys, monkeypatch):
     assert code == (0 if float(losses["after"]) < 3.11 else 1)
 
 
+@pytest.mark.slow
 def test_json_is_all_there_is_and_time_ends_it(capsys):
     code = cli.main(["demo", "--json", "--seconds", "0", "--regions", "2", "--backward", "autograd"])
     record = json.loads(capsys.readouterr().out)

@@ -37,7 +37,7 @@ class CountScans(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("regions", "interface"), [(3, "pooled"), (4, "pooled")])
+@pytest.mark.parametrize(("regions", "interface"), [(3, "pooled"), pytest.param(4, "pooled", marks=pytest.mark.slow)])
 def test_one_scan_in_the_backward_and_it_matters(regions: int, interface: str) -> None:
     model, inputs = in_float64("mlp", depth=4)
     bounded = lbi_compile.transform(model, inputs, regions=regions, r=4, interface=interface)
@@ -136,7 +136,7 @@ def test_scan_over_too_wide_a_separator_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "frozen", [("project", "blocks.0", "blocks.1"), pytest.param(("blocks.2",), marks=pytest.mark.slow)]
+    "frozen", [pytest.param(("project", "blocks.0", "blocks.1"), marks=pytest.mark.slow), ("blocks.2",)]
 )
 def test_frozen_parameters_stay_without_gradient(frozen: tuple[str, ...]) -> None:
     model, inputs = in_float64("mlp", depth=4)

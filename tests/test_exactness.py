@@ -19,7 +19,9 @@ TOLERANCE = 1e-10
 SHARP = [
     ("mlp", 3, 4, {}, (3, 1, 5)),
     ("transformer", 3, 4, {"interface": "token", "cell": "gru"}, (3, 5)),
-    ("transformer", 3, 4, {"interface": "token", "cell": "linear", "finish": "own"}, (3, 5)),
+    pytest.param(
+        "transformer", 3, 4, {"interface": "token", "cell": "linear", "finish": "own"}, (3, 5), marks=pytest.mark.slow
+    ),
     pytest.param("transformer", 3, 4, {"interface": "token+chunked", "finish": "own"}, (3, 5), marks=pytest.mark.slow),
     pytest.param("transformer", 3, 8, {"interface": "chunked", "readout": "last"}, (3, 5), marks=pytest.mark.slow),
     pytest.param("vit", 3, 4, {}, (3, 5), marks=pytest.mark.slow),

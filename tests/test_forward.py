@@ -66,6 +66,7 @@ def test_gradients_are_those_of_the_sequential_forward(name: str, options: dict[
     assert compare(bounded, inputs, "chain") <= 10 * TOL * bounded.solve.product_norm
 
 
+@pytest.mark.slow
 def test_compiled_regions_run_side_by_side_forward_and_backward() -> None:
     bounded, inputs = bounded_of(K=4, r=4, backward="scan")
     for size in (3, 5):

@@ -48,7 +48,14 @@ def test_export_with_dynamic_batch_and_length(kind: str, cell: str | None):
 
 
 # The other interfaces are made of the same operations, and tests of export cover them.
-@pytest.mark.parametrize(("kind", "cell"), [("pooled", None), ("chunked", None), ("token", "gru")])
+@pytest.mark.parametrize(
+    ("kind", "cell"),
+    [
+        pytest.param("pooled", None, marks=pytest.mark.slow),
+        pytest.param("chunked", None, marks=pytest.mark.slow),
+        ("token", "gru"),
+    ],
+)
 def test_dynamo_takes_one_graph_for_all_shapes(kind: str, cell: str | None):
     chain = Chain(build(kind, cell, regions=3, chunk=3 if kind == "chunked" else None))
     counter, compiled_at_first = CompileCounterWithBackend("aot_eager"), 0

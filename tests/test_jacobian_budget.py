@@ -92,6 +92,7 @@ def test_jacobians_of_linear_cells_need_no_parts():
     assert (record.parts, record.rows, record.over) == ((1,), (4,), ())
 
 
+@pytest.mark.slow
 def test_samples_are_taken_apart_too():
     module = pooled_mlp(3).double()
     compiled, record = scanned(module, 30_000)

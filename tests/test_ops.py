@@ -328,7 +328,7 @@ print(warning.message)
 @pytest.mark.parametrize(
     ("break_triton", "said"),
     [
-        ("sys.modules['triton'] = None", "import of triton halted"),
+        pytest.param("sys.modules['triton'] = None", "import of triton halted", marks=pytest.mark.slow),
         ("sys.path.insert(0, {folder!r})", "libtriton.so: bad"),
     ],
     ids=["missing", "broken"],

@@ -154,6 +154,7 @@ def too_large(errors: dict[str, float]) -> dict[str, float]:
     return {key: error for key, error in errors.items() if not error < (1e-5 if "float32" in key else 1e-13)}
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_forms_on_the_interpreter():
     said = interpreted("few")

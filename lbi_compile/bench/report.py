@@ -39,7 +39,7 @@ class RecordView:
             for part in dict.fromkeys(part for row in cell.rows for part in row.seconds):
                 yield Text(f"\n{_PARTS.get(part, part)}", style="italic")
                 yield _times(cell, part, record.copy_bandwidth)
-            if part == "step" and (choice := chosen(cell, part)) is not None:
+            if (choice := chosen(cell, "step")) is not None:
                 yield choice
         if record.costs:
             yield _costs(record)

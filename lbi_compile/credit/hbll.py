@@ -182,7 +182,7 @@ class Hbll(LocalCredit):
     def precision(self, span: Span, *, back: bool) -> Tensor | float:
         """Precision of ``F_ab`` (or of ``G_ab``)."""
         known = self.feedback_precisions if back else self.forward_precisions
-        return known[self._key(span)].exp() if self.rule.precisions == "learned" else 1 / (span[1] - span[0])
+        return known[self._key(span)].exp().squeeze(0) if self.rule.precisions == "learned" else 1 / (span[1] - span[0])
 
     def read_latent(self, k: int, m: Tensor) -> Tensor:
         """Logits of the latent at boundary ``k``, `[B, C]` or `[B, P, C]`."""
@@ -449,7 +449,7 @@ class Hbll(LocalCredit):
 
     def _likelihood(self, log_precision: Tensor, mean: Tensor, found: Tensor) -> Tensor:
         """Negative log likelihood of a Gaussian, for its precision alone."""
-        return log_precision.exp() * _half_square(mean.detach(), found).mean() - log_precision / 2
+        return (log_precision.exp() * _half_square(mean.detach(), found).mean() - log_precision / 2).sum()
 
     def classify(self, logits: Tensor, targets: Targets) -> Tensor:
         """Cross entropy of logits."""
