@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data import package
+from figures import figure
 from local_arms import ARMS
 
 Row = Mapping[str, Any]
@@ -138,9 +138,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     Raises:
         PackageError: ``matplotlib`` is not installed.
     """
-    figure_of = package("matplotlib.figure", needed_for="the figure")
-    figure = figure_of.Figure(figsize=(14, 4), layout="constrained")
-    arms, noise, paths = figure.subplots(1, 3)
+    drawn = figure(14, 4)
+    arms, noise, paths = drawn.subplots(1, 3)
     found = {
         (name, share): [one["accuracy"] for one in judged(rows, name, share)]
         for name in ARMS
@@ -159,7 +158,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             noise.errorbar([100 * share for share in shares], middle, reach, label=arm.label, capsize=2, marker=".")
             noise.legend(fontsize="small")
     _draw_paths(paths, judged(rows, "hbll", 0.0), found.get(("bp", 0.0), []))
-    figure.savefig(path, dpi=110)
+    drawn.savefig(path, dpi=110)
 
 
 def _draw_arms(axes: Any, found: Mapping[str, Sequence[float]]) -> None:

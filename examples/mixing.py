@@ -21,6 +21,7 @@ import command
 import torch
 from command import Say, add_sizes, at_least_one, parser_of
 from data import package
+from figures import figure
 from local_report import mean
 from quality_arms import ARMS, Study
 from quality_report import chosen
@@ -121,11 +122,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     Raises:
         PackageError: ``matplotlib`` is not installed.
     """
-    figure_of = package("matplotlib.figure", needed_for="the figure")
     shown = _columns(rows)
-    figure = figure_of.Figure(figsize=(1.8 + 3.4 * len(shown), 2.8), layout="constrained")
+    drawn = figure(1.8 + 3.4 * len(shown), 2.8)
     for place, (task, label, judge) in enumerate(shown):
-        axes = figure.add_subplot(1, len(shown), place + 1, xlabel="test accuracy, %")
+        axes = drawn.add_subplot(1, len(shown), place + 1, xlabel="test accuracy, %")
         axes.set_title("\n".join(textwrap.wrap(label, 42)), fontsize=9)
         for height, arm in enumerate(reversed(COMPARED)):
             values = _accuracies(rows, arm, task, judge)
@@ -136,7 +136,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_yticks(range(len(COMPARED)), labels if place == 0 else [""] * len(COMPARED))
         axes.set_xlim(0, 100)
         axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=130)
+    drawn.savefig(path, dpi=130)
 
 
 def _without_r(row: Mapping[str, Any]) -> dict[str, Any]:

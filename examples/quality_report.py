@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data import package
+from choosing import with_best_rate
+from figures import figure
 from local_report import mean
 from quality_arms import ARMS
 
@@ -34,19 +35,7 @@ def chosen(rows: Sequence[Row], architecture: str, arm: str, **varied: Any) -> d
         other = {name: what[name] for name in ("r", "regions") if name in what}
         if (what["architecture"], what["arm"], other) == (architecture, arm, varied):
             mine.append(row)
-    tried = {
-        row["what"]["rate"]: row["found"]["validation"]["held_out"]
-        for row in mine
-        if row["what"]["seed"] == 0 and "diverged" not in row["found"]
-    }
-    if not tried:
-        return {}
-    rate = min(tried, key=lambda rate: tried[rate])
-    return {
-        row["what"]["seed"]: {"rate": rate, "rates": sorted(tried), **row["found"]}
-        for row in mine
-        if row["what"]["rate"] == rate and "diverged" not in row["found"]
-    }
+    return with_best_rate(mine, lambda found: found["validation"]["held_out"])
 
 
 def best(rows: Sequence[Row], architecture: str) -> str:
@@ -175,11 +164,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     Raises:
         PackageError: ``matplotlib`` is not installed.
     """
-    figure_of = package("matplotlib.figure", needed_for="the figure")
     names = list(dict.fromkeys(row["what"]["architecture"] for row in rows))
-    figure = figure_of.Figure(figsize=(1.5 + 3.2 * len(names), 4.2), layout="constrained")
+    drawn = figure(1.5 + 3.2 * len(names), 4.2)
     for place, architecture in enumerate(names):
-        axes = figure.add_subplot(1, len(names), place + 1, title=architecture, xlabel="test, nats per byte")
+        axes = drawn.add_subplot(1, len(names), place + 1, title=architecture, xlabel="test, nats per byte")
         shown = [(arm.label, chosen(rows, architecture, name)) for name, arm in ARMS.items()]
         shown = [(label, [_nats(one) for one in found.values()]) for label, found in shown if found]
         for height, (_, values) in enumerate(reversed(shown)):
@@ -187,4 +175,4 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axes.plot(statistics.fmean(values), height, "o", color="C0")
         axes.set_yticks(range(len(shown)), [label for label, _ in reversed(shown)] if place == 0 else [""] * len(shown))
         axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=130)
+    drawn.savefig(path, dpi=130)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import package
+from figures import figure
 from torch import nn
 
 from lbi_compile.errors import OptionError
@@ -130,13 +130,12 @@ def draw_curves(folder: Path) -> Path:
     Raises:
         PackageError: ``matplotlib`` is not installed.
     """
-    figure_of = package("matplotlib.figure", needed_for="curves")
     rows = Log(folder).rows()
-    figure = figure_of.Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="nats per token", title=folder.name)
+    drawn = figure(7, 4)
+    axes = drawn.add_subplot(xlabel="step", ylabel="nats per token", title=folder.name)
     for name, style in (("loss", {"alpha": 0.5, "label": "training"}), ("held_out", {"label": "held out"})):
         points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points, strict=True), **style) if points else None
     axes.legend()
-    figure.savefig(folder / CURVES, dpi=150)
+    drawn.savefig(folder / CURVES, dpi=150)
     return folder / CURVES

@@ -24,8 +24,10 @@ from typing import Any
 
 import command
 import torch
+from choosing import with_best_rate
 from command import Say, add_sizes, at_least_one, parser_of
 from data import ByteTokens, Corpus, Windows, corpus, library, package
+from figures import figure
 from local_report import mean
 from models import LanguageModel
 from result_rows import Rows
@@ -239,13 +241,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _chosen(rows: Sequence[Mapping[str, Any]], arm: str) -> dict[int, dict[str, Any]]:
-    """What was found by seed, with the rate that is best on the validation split with seed 0."""
-    mine = [row for row in rows if row["what"]["arm"] == arm]
-    tried = {row["what"]["rate"]: row["found"]["validation"] for row in mine if row["what"]["seed"] == 0}
-    if not tried:
-        return {}
-    rate = min(tried, key=lambda rate: tried[rate])
-    return {row["what"]["seed"]: {**row["found"], "rate": rate} for row in mine if row["what"]["rate"] == rate}
+    """What was found by seed, with the best rate."""
+    return with_best_rate([row for row in rows if row["what"]["arm"] == arm], lambda found: found["validation"])
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -258,12 +255,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     Raises:
         PackageError: ``matplotlib`` is not installed.
     """
-    figure_of = package("matplotlib.figure", needed_for="the figure")
     names = list(dict.fromkeys((row["what"]["architecture"], row["what"]["interface"]) for row in rows))
     names = [name for name in names if name[1] != DENSE]
-    figure = figure_of.Figure(figsize=(1.0 + 3.8 * len(names), 3.6), layout="constrained")
+    drawn = figure(1.0 + 3.8 * len(names), 3.6)
     for place, name in enumerate(names):
-        axes = figure.add_subplot(1, len(names), place + 1, title=" ".join(name), xlabel="further steps")
+        axes = drawn.add_subplot(1, len(names), place + 1, title=" ".join(name), xlabel="further steps")
         for number, (arm, label) in enumerate(ARMS.items()):
             wanted = (name[0], DENSE) if arm == "dense" else name
             here = [row for row in rows if (row["what"]["architecture"], row["what"]["interface"]) == wanted]
@@ -273,8 +269,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_ylabel("validation, nats per byte" if place == 0 else "")
         axes.set_ylim(top=min(axes.get_ylim()[1], 3.2))
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=130)
+    drawn.legend(loc="outside lower center", ncols=2)
+    drawn.savefig(path, dpi=130)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -330,9 +330,7 @@ def _jacobian_grad(ctx: Any, lam: Tensor, m: Tensor) -> Tensor | None:
         return lam[1:].mT @ m[:-1]
 
 
-def _checked_products(name: str) -> Callable[[Tensor], Tensor]:
-    form = getattr(products, name)
-
+def _checked_products(form: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def kernel(J: Tensor) -> Tensor:
         if J.dim() != 4 or J.shape[2] != J.shape[3] or not J.dtype.is_floating_point:
             raise ScanShapeError(
@@ -402,8 +400,8 @@ for _name, _end, _op, _function in (
     register_flop_formula(_op.overloadpacket)(_scan_flops)
 
 # Composed of plain operators, and so are their fake, autograd and vmap rules and their FLOPs.
-for _name in ("suffix_products", "prefix_products"):
-    _library.impl(_name, _checked_products(_name), "CompositeImplicitAutograd")
+for _form in (products.suffix_products, products.prefix_products):
+    _library.impl(_form.__name__, _checked_products(_form), "CompositeImplicitAutograd")
 
 for _name, _op, _function in (
     ("boundary", _boundary_op, _Boundary),

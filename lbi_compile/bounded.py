@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import engines, running
-from ._torch import dispatch_mode_active, exporting, fresh_code, pytree
-from .backend import compile_errors, eager_backend
+from ._torch import dispatch_mode_active, exporting, pytree
 from .calls import ShapeCheck, call_signature
 from .capture import Inputs, bind, describe_inputs, signature
 from .credit.base import LocalCredit, no_local_credit
@@ -22,7 +21,7 @@ from .errors import (
     PlanError,
     ShapeNotCapturedError,
 )
-from .forward import Solver, check_forward, refuse_forward, refuse_tracing, varying
+from .forward import Solver, check_forward, refuse_forward, refuse_tracing
 from .gate import Gate
 from .hooked.plan import is_hooked
 from .hooked.run import HookedProgram
@@ -30,11 +29,11 @@ from .interfaces import Interface
 from .newton import SEQUENTIAL, Solve
 from .options import Options
 from .passes.insert import Program
-from .passes.scan_backward import ScanRecord
 from .plan import Plan
 from .racing import Racer
 from .region import Region, Taps
-from .running import assemble, each
+from .running import assemble
+from .scanning import scan
 from .staleness import Fingerprint, fingerprint, modes_of, placement, raise_if_stale
 from .taking import taking
 from .unbuilt import Unbuilt, not_built
@@ -342,50 +341,8 @@ class BoundedModule(nn.Module):
     def _scan(
         self, program: Program, leaves: list[Any], taps: bool, engine: engines.Engine, pins: Tensor | None
     ) -> Any:
-        if dispatch_mode_active():
-            raise EngineError(
-                "the scan engine under a TorchDispatchMode, which torch.compile does not trace",
-                expected="a forward outside of dispatch modes",
-                do='enter the mode around the backward only, or use bounded.with_engine("chain")',
-            )
-        # torch 2.11: Dynamo does not notice a parameter frozen or thawed in place and would run the stale graph
-        key = (id(program), taps, pins is None, tuple(p.requires_grad for p in self.parameters()))
-        with (
-            contextlib.nullcontext() if key in self._compiled else self._gate.compiling,
-            self._checks_of(program).marked_sizes(leaves),
-            varying(pins),
-        ):
-            compiled, record = self._compiled.get(key) or self._compile(program, taps)
-            with compile_errors(record, do='use backward="chain" (same gradients)'):
-                flat, hs, ms = compiled(self, leaves, pins)
-            self._compiled[key] = compiled, record
-        self._engine = engines.Engine(
-            engines.SCAN,
-            engine.why,
-            record.jacobians,
-            unrolled=tuple(sorted(record.unrolled.items())),
-            parts=max(record.parts, default=1),
-            rows=min((rows for rows, r in zip(record.rows, record.r, strict=True) if rows < r), default=0),
-            over=record.over,
-            batched=record.batched.groups,
-            unbatched=tuple(sorted(record.batched.unbatched.items())),
-        )
-        return (
-            [engines.once(leaf) for leaf in flat],
-            tuple(map(engines.once, hs)),
-            tuple(each(engines.once, m) for m in ms),
-        )
-
-    def _compile(self, program: Program, taps: bool) -> tuple[Callable[..., Any], ScanRecord]:
-        record = ScanRecord()
-
-        def scanned(module: BoundedModule, leaves: list[Any], pins: Tensor | None) -> Any:
-            return module._run(program, leaves, marked=True, taps=taps, pins=pins)
-
-        backend = eager_backend(
-            record, batched=self._options.batch_regions, jacobian_bytes=self._options.jacobian_bytes
-        )
-        return torch.compile(fresh_code(scanned), backend=backend, fullgraph=True), record
+        out, self._engine = scan(self, program, leaves, taps=taps, pins=pins, why=engine.why)
+        return out
 
     def _run(
         self,
@@ -436,18 +393,14 @@ class BoundedModule(nn.Module):
         key, modes = self._key(inputs), modes_of(self.source)
         if self._plan is None or key not in self._programs or self._checks[key].modes != modes:
             with self._gate.alone():
-                return self._checked_program(inputs)
-        return self._checked_program(inputs)
-
-    def _checked_program(self, inputs: Inputs) -> Program:
-        if self._plan is None:
-            self.build(inputs)
-        raise_if_stale(self)
-        key, modes = self._key(inputs), modes_of(self.source)
-        if key not in self._programs or self._checks[key].modes != modes:
-            if (key, modes) not in self._known:
-                self._remember(inputs, *self._build_program(inputs))
-            self._programs[key], self._checks[key] = self._known[key, modes]
+                if self._plan is None:
+                    self.build(inputs)
+                raise_if_stale(self)
+                if (key, modes) not in self._known:
+                    self._remember(inputs, *self._build_program(inputs))
+                self._programs[key], self._checks[key] = self._known[key, modes]
+        else:
+            raise_if_stale(self)
         self._checks[key](inputs)
         return self._programs[key]
 

@@ -38,6 +38,7 @@ INTERFACES: dict[str, tuple[str, dict[str, str]]] = {
     "zero": ("transformer", {"interface": "zero"}),
     "self": ("transformer", {"interface": "self"}),
 }
+SCANS = {"token+chunked": 2, "identity": 0, "zero": 0, "self": 0}
 READOUTS, ENGINES = ("sum", "last"), ("autograd", "chain", "scan")
 BATCHES = (3, 4, 5, 7)
 
@@ -70,9 +71,7 @@ class Found(NamedTuple):
     @property
     def ok(self) -> bool:
         """As it should be: one graph, exact, and a scan just where latents cross and the engine is one."""
-        crosses = self.interface not in ("zero", "self")
-        kinds = 2 if self.interface == "token+chunked" else 1
-        wanted = kinds if self.engine == "scan" and crosses and self.interface != "identity" else self.scans
+        wanted = SCANS.get(self.interface, 1) if self.engine == "scan" else 0
         return bool(self.refused) or (
             not self.breaks and self.graphs == 1 and self.error <= 1e-10 and self.scans == wanted
         )

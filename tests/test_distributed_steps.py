@@ -83,12 +83,8 @@ def test_fifty_steps_of_two_copies_on_two_ranks_each_under_ddp(name: str):
     assert _apart(expected, ranks.run(4, work)) < limit
 
 
-# fully_shard cannot shard the scalar gates of pooled and chunked interfaces
-SHARDED = [name for name in FORMS if name.startswith(("token", "zero", "identity")) and "chunked" not in name]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", FORMS)
 def test_fifty_steps_of_two_copies_on_two_ranks_each_under_fsdp(name: str):
     bounded, batches, loss, options = _in_float32(name)
     expected, limit = _alone(name, bounded, batches, loss)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import OptionError
 from .base import Credit, LocalCredit
-from .hbll import HBLL
+from .hbll_rule import HBLL
 from .sid import SID
 
 __all__ = ["HBLL", "SID", "Credit", "LocalCredit", "as_credit"]
