@@ -1,5 +1,8 @@
 """Mutation testing: ``python -m tests.mutation --mutants 84 --seed 0 --out FILE`` (one JSON line a mutant, resumable).
 
+The mutants are Cosmic Ray's (``pip install -e '.[mutation]'``), drawn evenly from the places that it can change; the
+list is shortened to code that decides something: no annotations, decorators, messages, or bodies of Triton kernels.
+
 A copy of the tree in a temporary folder is changed, never the tree itself. Each mutant runs the fast tests of its
 module (``TESTS``) in a process of its own, forked from one that has imported torch, until the first that fails. A run
 that takes more than ``--limit`` seconds of processor time is stopped and counts as killed: ``--check`` first runs the
@@ -9,8 +12,10 @@ tests of all modules without a change, and tells their times.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
+import random
 import resource
 import shutil
 import subprocess
@@ -18,28 +23,33 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tests.mutation.mutants import sample
+if TYPE_CHECKING:
+    from cosmic_ray.work_item import MutationSpec
 
 # The fast tests of every module: what fails first where it is wrong stands first.
 TESTS: dict[str, list[str]] = {
-    "kernels/chunked_form.py": ["test_suffix_scan.py"],
+    "kernels/chunked_form.py": ["test_suffix_scan.py", "test_kernels_sm90.py"],
     "kernels/cpu_scan.py": ["test_scan_forms.py::TestOnCpu"],
     "kernels/forms.py": ["test_scan_forms.py::TestChoice"],
     "kernels/ops.py": ["test_ops.py", "test_scan_forms.py"],
     "kernels/pins.py": ["test_forward.py"],
     "kernels/products.py": ["test_products.py", "test_scan_forms.py::TestProducts"],
     "kernels/reference.py": ["test_suffix_scan.py", "test_scan_forms.py"],
+    "kernels/rows_form.py": ["test_suffix_scan.py", "test_kernels_sm90.py"],
     "kernels/soft_cross_entropy.py": ["test_soft_cross_entropy.py"],
     "kernels/soft_cross_entropy_reference.py": ["test_soft_cross_entropy.py"],
+    "kernels/suffix_scan.py": ["test_suffix_scan.py", "test_scan_forms.py"],
+    "kernels/vector_form.py": ["test_suffix_scan.py", "test_kernels_sm90.py"],
     "lbi_compile/engines.py": ["test_engines.py"],
     "lbi_compile/backend.py": ["test_backend.py", "test_compile.py"],
     "lbi_compile/running.py": ["test_transform.py", "test_exactness.py", "test_forward.py"],
     "lbi_compile/region.py": ["test_transform.py", "test_lanes.py"],
+    "lbi_compile/scanning.py": ["test_engines.py", "test_compile.py"],
     "lbi_compile/newton.py": ["test_newton.py"],
     "lbi_compile/diagnostics.py": ["test_diagnostics.py", "test_products.py"],
     "lbi_compile/staleness.py": ["test_reliability.py", "test_errors.py", "test_state.py"],
@@ -49,6 +59,7 @@ TESTS: dict[str, list[str]] = {
     "passes/axes.py": ["test_axes.py"],
     "passes/axis_calls.py": ["test_axis_rules.py", "test_axes.py"],
     "passes/axis_probes.py": ["test_axis_probes.py"],
+    "passes/axis_recurrent.py": ["test_axis_rules.py", "test_axes.py"],
     "passes/axis_routing.py": ["test_axis_routing.py"],
     "passes/axis_rules.py": ["test_axis_rules.py"],
     "passes/axis_views.py": ["test_axis_rules.py"],
@@ -58,7 +69,9 @@ TESTS: dict[str, list[str]] = {
     "passes/batch_regions.py": ["test_batch_regions.py"],
     "passes/casts.py": ["test_casts.py"],
     "passes/costs.py": ["test_costs.py"],
+    "passes/critical_path.py": ["test_forward.py"],
     "passes/evaluate.py": ["test_evaluate.py", "test_reliability.py"],
+    "passes/forward_jacobians.py": ["test_jacobian_slices.py", "test_forward.py"],
     "passes/index_chunks.py": ["test_jacobian_budget.py"],
     "passes/insert.py": ["test_insert.py"],
     "passes/jacobian_budget.py": ["test_jacobian_budget.py"],
@@ -72,6 +85,8 @@ TESTS: dict[str, list[str]] = {
     "passes/ordering.py": ["test_separators.py", "test_scan_backward.py"],
     "passes/partition.py": ["test_partition.py"],
     "passes/positions.py": ["test_axis_positions.py", "test_axes.py"],
+    "passes/region_rules.py": ["test_batch_regions.py"],
+    "passes/region_sums.py": ["test_batch_regions.py"],
     "passes/repeats.py": ["test_repeats.py"],
     "passes/scan_backward.py": ["test_scan_backward.py"],
     "passes/separators.py": ["test_separators.py"],
@@ -86,6 +101,59 @@ _WARM = ("torch", "torch._dynamo", "torch.export", "numpy", "networkx", "sympy",
 
 # Exit code of a process that ran no test.
 _NO_RESULT = 99
+
+
+def mutants(path: Path) -> dict[tuple[int, int], list[MutationSpec]]:
+    """What Cosmic Ray can change in a file, by line and column."""
+    from cosmic_ray.commands.init import init
+    from cosmic_ray.work_db import WorkDB, use_db
+
+    skipped = list(_undecided(ast.parse(path.read_text())))
+    found = defaultdict(list)
+    with tempfile.TemporaryDirectory() as place, use_db(str(Path(place) / "all.sqlite"), WorkDB.Mode.create) as known:
+        init([path], known, {})
+        for item in known.work_items:
+            one = item.mutations[0]
+            if not any(begin <= one.start_pos < end for begin, end in skipped):
+                found[one.start_pos].append(one)
+    return dict(found)
+
+
+def _undecided(node: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where text stands that decides nothing: from line and column to line and column."""
+    kernel = isinstance(node, ast.FunctionDef) and any("triton" in ast.unparse(one) for one in node.decorator_list)
+    if kernel or isinstance(node, ast.Raise | ast.JoinedStr | ast.Assert | ast.Import | ast.ImportFrom):
+        yield _span(node)
+        return
+    for name, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST):
+                continue
+            if name in ("annotation", "returns", "decorator_list", "type_params"):
+                yield _span(child)
+            else:
+                yield from _undecided(child)
+
+
+def _span(node: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
+
+
+def sample(tree: Path, count: int, *, seed: int) -> list[tuple[str, MutationSpec]]:
+    """Some mutants of the modules of a tree: one of each, the rest from all places alike.
+
+    Args:
+        tree: Where the modules lie.
+        count: How many.
+        seed: Of the choice.
+    """
+    choose = random.Random(seed)
+    every = {path: mutants(tree / path) for path in TESTS}
+    first = [(path, choose.choice(sorted(places))) for path, places in every.items() if places]
+    rest = [(path, place) for path, places in every.items() for place in sorted(places) if (path, place) not in first]
+    places = first[:count] + choose.sample(rest, max(min(count - len(first), len(rest)), 0))
+    choose.shuffle(places)
+    return [(path, choose.choice(every[path][place])) for path, place in places]
 
 
 def copied(root: Path, to: Path) -> None:
@@ -161,35 +229,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [path for path in TESTS if options.only in path]
         if options.check:
             return _check(tree, chosen, limit=options.limit, log=log)
-        sources = {path: (tree / path).read_text() for path in TESTS}
         rows = _rows(out)
-        for path, mutant in sample(sources, options.mutants, seed=options.seed):
-            key = (path, mutant.line, mutant.column, mutant.now)
+        for path, mutant in sample(tree, options.mutants, seed=options.seed):
+            key = (path, *mutant.start_pos, mutant.operator_name, mutant.occurrence)
             if key in rows or path not in chosen:
                 continue
-            (tree / path).write_text(mutant.apply(sources[path]))
-            begin = time.perf_counter()
-            result, seconds = run(tree, TESTS[path], limit=options.limit, log=log)
-            (tree / path).write_text(sources[path])
-            told = [
-                line for line in log.read_text(errors="replace").splitlines() if line.startswith(("FAILED", "ERROR"))
-            ]
-            row = {"path": path, "line": mutant.line, "column": mutant.column, "was": mutant.was, "now": mutant.now}
-            row |= {"result": result, "seconds": round(seconds, 1), "waited": round(time.perf_counter() - begin, 1)}
-            row |= {"by": told[0][:160] if told else ""}
-            rows[key] = row
+            rows[key] = _tried(tree, path, mutant, limit=options.limit, log=log)
             with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{result:8} {seconds:6.1f} s  {path}:{mutant.line}  {mutant.was!r} -> {mutant.now!r}", flush=True)
+                file.write(json.dumps(rows[key]) + "\n")
+            told = rows[key]
+            print(f"{told['result']:8} {told['seconds']:6.1f} s  {path}:{told['line']}  {told['operator']}", flush=True)
     counts = Counter(row["result"] for row in rows.values())
     killed = counts["failed"] + counts["stopped"]
     print(f"{killed} of {len(rows)} killed ({killed / max(len(rows), 1):.0%}): {dict(counts)}")
     return 1 if counts["broken"] else 0
 
 
+def _tried(tree: Path, path: str, mutant: MutationSpec, *, limit: int, log: Path) -> dict[str, Any]:
+    """One row."""
+    from cosmic_ray.mutating import use_mutation
+    from cosmic_ray.plugins import get_operator
+
+    begin = time.perf_counter()
+    operator = get_operator(mutant.operator_name)(**mutant.operator_args)
+    with use_mutation(tree / path, operator, mutant.occurrence) as (was, now):
+        result, seconds = run(tree, TESTS[path], limit=limit, log=log)
+    lines = [
+        (before.strip(), after.strip())
+        for before, after in zip(was.splitlines(), now.splitlines(), strict=False)
+        if before != after
+    ]
+    told = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(("FAILED", "ERROR"))]
+    row = {"path": path, "line": mutant.start_pos[0], "column": mutant.start_pos[1]}
+    row |= {"operator": mutant.operator_name.partition("/")[2], "occurrence": mutant.occurrence}
+    row |= {"was": lines[0][0], "now": lines[0][1], "result": result, "seconds": round(seconds, 1)}
+    return row | {"waited": round(time.perf_counter() - begin, 1), "by": told[0][:160] if told else ""}
+
+
 def _rows(out: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     found = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    return {(row["path"], row["line"], row["column"], row["now"]): row for row in found}
+    return {
+        (row["path"], row["line"], row["column"], f"core/{row['operator']}", row["occurrence"]): row for row in found
+    }
 
 
 def _check(tree: Path, paths: Sequence[str], *, limit: int, log: Path) -> int:
