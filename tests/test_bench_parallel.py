@@ -55,9 +55,13 @@ def test_classifier_with_pooled_latents_on_four_ranks(kind, readout, head):
 def test_a_limited_link_is_slow_and_goes_away():
     before = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     sizes = Sizes("classifier", layers=4, width=64, length=128, classes=10, regions=4, r=4)
+    given: dict = {"ranks": 2, "batches": [4], "names": ["sid", "gpipe"], "rounds": 3}
     with slowlink.limited(2, 100) as places:
-        (slow,) = parallel.run(sizes, ranks=2, batches=[4], names=["sid", "gpipe"], rounds=3, places=places)
+        slow, free = parallel.run(sizes, **given, places=places, speeds=[100, None])
     assert slow.ok
+    assert free.ok
+    assert (slow.mbit, free.mbit) == (100, None)
+    assert free.link.bandwidth > 4 * slow.link.bandwidth
     # 12.5 MB/s less what TCP and Ethernet wrap around it
     assert 8e6 < slow.link.bandwidth < 14e6
     sent = {line.name: (line.sent, line.seconds.median) for line in slow.lines if line.seconds is not None}
@@ -118,6 +122,7 @@ def test_no_speed_where_a_gradient_is_wrong():
         one |= {"micro_batches": 1, "head_on_last": False, "seconds": [1.0, 2.0]}
     cell: dict = {
         "samples": 2,
+        "mbit": None,
         "link": {"bandwidth": 1e9, "latency": 1e-4},
         "crowding": 1.5,
         "contestants": contestants,
@@ -143,7 +148,7 @@ def test_no_speed_where_a_gradient_is_wrong():
     assert max(map(len, page.splitlines())) <= 80
     assert "2 samples, links limited to 100 Mb/s, 20.0 ms later" in page
     assert "what a step loses by links limited to 100 Mb/s" in page
-    assert "+200%" in page
+    assert "+200%  +200% to +200%" in page
     assert "0.50-2.00" in page
     assert "!=" in page
 

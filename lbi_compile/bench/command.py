@@ -189,11 +189,13 @@ def _parallel(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
         meetings = parallel.run(sizes, **given)
     else:
         meetings = ()
-        for mbit in options.mbit or (None,):
-            held = 0.0 if mbit is None and options.mbit else delay  # a free link to compare with has no delay
-            with slowlink.limited(options.ranks, mbit, held) as places:
-                found = parallel.run(sizes, **given, places=places)
-            meetings += tuple(dataclasses.replace(one, mbit=mbit, delay=held) for one in found)
+        # a free link to compare with has no delay; and a relay carries at one speed
+        speeds = options.mbit or (None,)
+        for group in [(mbit,) for mbit in speeds] if delay else [speeds]:
+            held = 0.0 if group == (None,) and options.mbit else delay
+            with slowlink.limited(options.ranks, group[0], held) as places:
+                found = parallel.run(sizes, **given, places=places, speeds=group)
+            meetings += tuple(dataclasses.replace(one, delay=held) for one in found)
     record = parallel_view.Record(
         shlex.join(["lbi-compile", *arguments]),
         date,

@@ -113,6 +113,7 @@ def run(
     reduce: str = "auto",
     head: str = "all",
     places: Sequence[Place] = (),
+    speeds: Sequence[float | None] = (None,),
     timeout: float = TIMEOUT,
 ) -> tuple[Meeting, ...]:
     """Start ranks, let them measure, and put what they found beside the closed forms.
@@ -128,6 +129,7 @@ def run(
         reduce: As for ``parallelize``.
         head: As for ``parallelize``, of latents that cross from region to region.
         places: Where ranks run; by default all here.
+        speeds: Megabits per second of the links of the places, all of them in every round; ``None`` for no limit.
         timeout: Seconds after which a rank that does not answer is given up.
 
     Raises:
@@ -156,12 +158,14 @@ def run(
         "reduce": reduce,
         "head": head,
         "timeout": timeout,
+        "speeds": list(speeds),
+        "ends": [end for place in places for end in place.ends],
     }
-    record = _launch(settings, list(places) or [Place()] * ranks, timeout)
+    record = _launch(settings, list(places) or [Place()] * ranks)
     return tuple(meeting(cell, ranks) for cell in record["cells"])
 
 
-def _launch(settings: Mapping[str, Any], places: Sequence[Place], timeout: float) -> dict[str, Any]:
+def _launch(settings: Mapping[str, Any], places: Sequence[Place]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder) / "settings.json", Path(folder) / "out.json"
         given.write_text(json.dumps(settings))
@@ -254,7 +258,7 @@ def meeting(cell: Mapping[str, Any], ranks: int) -> Meeting:
                 predicted,
             )
         )
-    return Meeting(cell["samples"], link, cell["crowding"], tuple(lines))
+    return Meeting(cell["samples"], link, cell["crowding"], tuple(lines), cell["mbit"])
 
 
 def crowded(estimate: Estimate, ranks: int, crowding: float) -> float:

@@ -96,20 +96,22 @@ def _lost(meetings: Sequence[Meeting]) -> Iterator[Text | Table]:
         for other in others:
             yield Text(f"\n{samples} samples: what a step loses by{_limit(other).removeprefix(',')}", style="bold")
             table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
-            for i in range(6):
+            for i in range(7):
                 table.add_column(justify="right" if i else "left", no_wrap=True)
-            heads = ("  schedule", "before", "after", "lost", "form", "sent")
+            heads = ("  schedule", "before", "after", "lost", "least to most", "form", "sent")
             table.add_row(*(Text(head, style="dim") for head in heads))
             found = {line.name: line for line in first.lines}
             for line in other.lines:
                 before = found[line.name]
                 if line.baseline and line.seconds is not None and before.seconds is not None:
                     cells = (seconds(before.seconds.median), seconds(line.seconds.median))
-                    lost = f"{line.seconds.median / before.seconds.median - 1:+.0%}"
+                    paired = Spread.of([b / a for a, b in zip(before.seconds.all, line.seconds.all, strict=True)])
+                    lost = f"{paired.median - 1:+.0%}"
+                    spread = f"{paired.min - 1:+.0%} to {paired.max - 1:+.0%}"
                     form = ""
                     if line.predicted is not None and before.predicted is not None:
                         form = f"{before.predicted / line.predicted - 1:+.0%}"
-                    table.add_row(f"  {line.name}", *cells, lost, form, size(line.sent))
+                    table.add_row(f"  {line.name}", *cells, lost, Text(spread, style="dim"), form, size(line.sent))
             yield table
 
 

@@ -28,11 +28,13 @@ class Place(NamedTuple):
         prefix: What its command line begins with.
         address: Of the place, for others to connect to.
         interface: Name of its network interface.
+        ends: Namespace and device of both ends of its link, for :func:`limit`; none where its speed cannot be changed.
     """
 
     prefix: tuple[str, ...] = ()
     address: str = "127.0.0.1"
     interface: str = "lo"
+    ends: tuple[tuple[str, str], ...] = ()
 
 
 def why_not() -> str | None:
@@ -87,10 +89,20 @@ def _namespace(stack: contextlib.ExitStack, name: str) -> None:
     _run("ip", "-n", name, "link", "set", "lo", "up")
 
 
-def _limit(namespace: str, device: str, mbit: float | None) -> None:
-    if mbit is not None:
-        bucket = ("tbf", "rate", f"{mbit}mbit", "burst", _BURST, "latency", _QUEUE)
-        _run("ip", "netns", "exec", namespace, "tc", "qdisc", "add", "dev", device, "root", *bucket)
+def limit(ends: Sequence[tuple[str, str]], mbit: float | None) -> None:
+    """Give links another speed while they are in use, from within any namespace of this machine.
+
+    Args:
+        ends: Of :class:`Place`.
+        mbit: As for :func:`limited`.
+    """
+    for namespace, device in ends:
+        tc = ("ip", "netns", "exec", namespace, "tc", "qdisc")
+        if mbit is None:  # fails where there is no limit to take away
+            subprocess.run([*tc, "del", "dev", device, "root"], capture_output=True, check=False)
+        else:
+            bucket = ("tbf", "rate", f"{mbit}mbit", "burst", _BURST, "latency", _QUEUE)
+            _run(*tc, "replace", "dev", device, "root", *bucket)
 
 
 def _up(name: str, i: int, device: str) -> Place:
@@ -110,9 +122,8 @@ def _bridged(
         inner, outer = f"{tag}i{i}", f"{tag}o{i}"
         _run("ip", "link", "add", inner, "netns", name, "type", "veth", "peer", "name", outer, "netns", hub)
         _run("ip", "-n", hub, "link", "set", outer, "master", "bridge", "up")
-        place = _up(name, i, inner)
-        _limit(name, inner, mbit)
-        _limit(hub, outer, mbit)
+        place = _up(name, i, inner)._replace(ends=((name, inner), (hub, outer)))
+        limit(place.ends, mbit)
         yield place
 
 
@@ -132,7 +143,7 @@ def _tunnels(
         stack.callback(os.close, files[-1])
         _run("ip", "-n", name, "link", "set", device, "mtu", _PACKET)
         found.append(_up(name, i, device))
-        _limit(name, device, mbit)
+        limit([(name, device)], mbit)
     command = [sys.executable, relay.__file__, "carry", str(delay), str(mbit or 0), *map(str, files)]
     carrier = subprocess.Popen(command, pass_fds=files)
     stack.callback(carrier.wait)

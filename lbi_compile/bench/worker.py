@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from lbi_compile.cost import measure
 from lbi_compile.distributed.ranks import Ranks
 
-from . import controls
+from . import controls, slowlink
 from .check import judge
 from .contestants import Arena, Contestant
 from .stacks import Sizes
@@ -34,55 +34,79 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         settings: ``sizes`` (fields of ``Sizes``), ``batches``, ``names``, ``micro_batches``, ``rounds``, ``seed``,
-            ``reduce``, ``head``, ``timeout`` in seconds.
+            ``reduce``, ``head``, ``timeout`` in seconds, ``speeds`` of links in Mb/s and their ``ends``.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=settings["timeout"]))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("region",))
     sizes = Sizes(**settings["sizes"])
-    cells = [_cell(sizes, samples, mesh, settings) for samples in settings["batches"]]
+    cells = [cell for samples in settings["batches"] for cell in _cells(sizes, samples, mesh, settings)]
     dist.barrier()
     dist.destroy_process_group()
     return {"cells": cells}
 
 
-def _cell(sizes: Sizes, samples: int, mesh: Any, settings: dict[str, Any]) -> dict[str, Any]:
+def _cells(sizes: Sizes, samples: int, mesh: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """One batch, a cell for each speed of the links."""
     arena = Arena(sizes, samples, mesh, settings["seed"])
+    ranks = Ranks(mesh.get_group("region"))
     contestants, models = _contestants(arena, settings)
     errors = {one.name: _error(one) for one in contestants}
     sent = {one.name: _all(one.sent) if not one.alone else 0.0 for one in contestants}
-    idle = controls.idle_link(Ranks(mesh.get_group("region")), _everywhere)
     fewest = max(1, samples // max(settings["micro_batches"], default=1))
     timings = {name: _timings(arena, model, fewest) for name, model in models.items()}
+    speeds, idle = list(settings["speeds"]), {}
+    for mbit in speeds:
+        _limit(settings["ends"], mbit, ranks)
+        idle[mbit] = controls.idle_link(ranks, _everywhere)
     draw, order = random.Random(settings["seed"]), [*contestants, *controls.controls(arena)]
     for one in order:  # once before it counts
         _time(one)
-    seconds: dict[str, list[float]] = {one.name: [] for one in order}
+    seconds: dict[Any, dict[str, list[float]]] = {mbit: {one.name: [] for one in order} for mbit in speeds}
+    # all speeds in every round: what else the machine does changes from minute to minute
     for _ in range(settings["rounds"]):
         draw.shuffle(order)
-        for one in order:
-            seconds[one.name].append(_time(one))
+        draw.shuffle(speeds)
+        for mbit in speeds:
+            _limit(settings["ends"], mbit, ranks)
+            for one in order:
+                seconds[mbit][one.name].append(_time(one))
+    _limit(settings["ends"], None, ranks)
     after = {one.name: _error(one) for one in contestants}
     worst = {name: max(errors[name], after[name]) for name in errors}
-    return {
-        "samples": samples,
-        "link": controls.link(idle, seconds, dist.get_world_size())._asdict(),
-        "crowding": controls.crowding(seconds),
-        "contestants": [
-            {
-                "name": one.name,
-                "form": one.form,
-                "baseline": one.baseline,
-                "micro_batches": one.micro_batches,
-                "head_on_last": one.head_on_last,
-                "error": worst[one.name],
-                "sent": sent[one.name],
-                "seconds": seconds[one.name],
-            }
-            for one in contestants
-        ],
-        "workloads": {name: made for name, made in timings.items() if made is not None},
-    }
+    return [
+        {
+            "samples": samples,
+            "mbit": mbit,
+            "link": controls.link(idle[mbit], seconds[mbit], dist.get_world_size())._asdict(),
+            "crowding": controls.crowding(seconds[mbit]),
+            "contestants": [
+                {
+                    "name": one.name,
+                    "form": one.form,
+                    "baseline": one.baseline,
+                    "micro_batches": one.micro_batches,
+                    "head_on_last": one.head_on_last,
+                    "error": worst[one.name],
+                    "sent": sent[one.name],
+                    "seconds": seconds[mbit][one.name],
+                }
+                for one in contestants
+            ],
+            "workloads": {name: made for name, made in timings.items() if made is not None},
+        }
+        for mbit in settings["speeds"]
+    ]
+
+
+def _limit(ends: Sequence[tuple[str, str]], mbit: float | None, ranks: Ranks) -> None:
+    """Links of another speed from here on, and windows of TCP that suit it."""
+    if ends:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            slowlink.limit(ends, mbit)
+        dist.barrier()
+        ranks.all_reduce(torch.zeros(controls.LARGE // 4), "control")
 
 
 def _contestants(arena: Arena, settings: dict[str, Any]) -> tuple[list[Contestant], dict[str, Any]]:
