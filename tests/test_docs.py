@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+import lbi_compile
+from tests import cases
+from tests.models import ResidualMLP
 from tests.small_models import mlp
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +39,28 @@ def test_the_readme_is_read_in_five_minutes():
 def test_every_guide_is_listed():
     listed = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     assert all(f"({page.name})" in listed for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/debug.md"])
+def test_snippets_run(page):
+    model, x = ResidualMLP(5, width=8, depth=10, classes=3), torch.randn(6, 5)
+    y = torch.randint(0, 3, (6,))
+    names: dict[str, Any] = {"model": model, "example_inputs": x, "x": x, "y": y, "torch": torch}
+    names |= {"criterion": torch.nn.CrossEntropyLoss(), "lbi_compile": lbi_compile}
+    names["bounded"] = lbi_compile.transform(model, x, regions=2)
+    for snippet in snippets(ROOT / page):
+        exec(snippet, names)
+    assert names["report"].ok
+    assert page == "docs/debug.md" or len(names["bounded"].regions) == 8
+
+
+def test_the_published_form_as_it_is_told():
+    model, x = cases.transformer(depth=6)
+    names: dict[str, Any] = {"model": model, "x": x, "lbi_compile": lbi_compile}
+    for snippet in snippets(ROOT / "docs" / "reproduce.md"):
+        exec(snippet, names)
+    assert names["bounded"].plan.interface == "pooled"
+    assert names["bounded"](x).shape == model(x).shape
 
 
 def test_the_guide_to_passes():
