@@ -21,8 +21,9 @@ from torch import Tensor
 from .bounded import BoundedModule
 from .demo_model import CausalTransformer
 from .errors import CorpusError
+from .quantities import count
 from .render.report import ReportView
-from .render.text import count, facts, show
+from .render.text import facts, show
 from .render.tree import PlanView
 from .report import Report
 

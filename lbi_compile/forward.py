@@ -131,6 +131,7 @@ class Solver:
         self._compiled: dict[Any, tuple[Any, ScanRecord]] = {}
         self._kept: dict[int, dict[Any, Owner]] = {}
         self._refused: dict[int, str] = {}
+        self._unbatched: dict[int, str] = {}
 
     def __call__(
         self, bounded: BoundedModule, program: Program, leaves: list[Any], method: str
@@ -179,8 +180,11 @@ class Solver:
                 found, record = solve(
                     at, guess.reshape(latents, -1, r), method=method, tol=tol, max_iters=bounded._options.max_iters
                 )
-        if id(program) in self._refused:
-            record = replace(record, note=f"regions run without a compiler: {self._refused[id(program)]}")
+        told = (
+            ("regions run without a compiler", self._refused.get(id(program))),
+            ("Jacobians row by row", self._unbatched.get(id(program))),
+        )
+        record = replace(record, note="; ".join(f"{what}: {why}" for what, why in told if why))
         if found is None:
             return None, record
         found = found.view(latents, *lead, r)
@@ -205,7 +209,7 @@ class Solver:
         """What runs all regions at a guess."""
         if method == JACOBI or len(bounded.plan.regions) < 3:
             return _without_jacobians(bounded, program, leaves)
-        eagerly, compiled = _eagerly(bounded, program, leaves), self._compile(bounded, program, leaves)
+        eagerly, compiled = self._eagerly(bounded, program, leaves), self._compile(bounded, program, leaves)
         if bounded.backward not in (engines.AUTO, engines.SCAN) or dispatch_mode_active():
             return eagerly
 
@@ -218,6 +222,23 @@ class Solver:
                         raise
                     self._refused[id(program)] = error.found
             return eagerly(guess)
+
+        return run
+
+    def _eagerly(
+        self, bounded: BoundedModule, program: Program, leaves: list[Any]
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Evaluate regions without a compiler; R vector-Jacobian products give the rows of all Jacobians."""
+
+        def run(guess: Tensor) -> tuple[Tensor, Tensor]:
+            guess = guess.detach().requires_grad_()
+            with torch.enable_grad():
+                values = evaluate(bounded, program, leaves, guess)
+            rows, unbatched = _rows(values, guess)
+            if unbatched:
+                self._unbatched[id(program)] = unbatched
+            # what the guess of m_{K-1} does is the last region's affair, which is not run
+            return values.detach(), rows.movedim(0, -2)[:-1]
 
         return run
 
@@ -259,32 +280,28 @@ def _without_jacobians(
     return run
 
 
-def _eagerly(bounded: BoundedModule, program: Program, leaves: list[Any]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Evaluate regions without a compiler; R vector-Jacobian products give the rows of all Jacobians."""
+def _rows(values: Tensor, guess: Tensor) -> tuple[Tensor, str]:
+    """Gradients of the guess for the R unit cotangents of every value, `[R, K - 1, ..., R]`.
 
-    def run(guess: Tensor) -> tuple[Tensor, Tensor]:
-        guess = guess.detach().requires_grad_()
-        with torch.enable_grad():
-            values = evaluate(bounded, program, leaves, guess)
-        # what the guess of m_{K-1} does is the last region's affair, which is not run
-        return values.detach(), _rows(values, guess).movedim(0, -2)[:-1]
-
-    return run
-
-
-def _rows(values: Tensor, guess: Tensor) -> Tensor:
-    """Gradients of the guess for the R unit cotangents of every value, `[R, K - 1, ..., R]`: at once, or one by one."""
+    All at once; or one by one, with the reason, where an operator has no batching rule, such as fused attention.
+    """
     r = guess.shape[-1]
     units = torch.eye(r, dtype=values.dtype, device=values.device)
     units = units.view(r, *[1] * (values.dim() - 1), r).expand(r, *values.shape)
     if not values.requires_grad:  # nothing hears its latent
-        return guess.new_zeros((r, *guess.shape))
+        return guess.new_zeros((r, *guess.shape)), ""
+
+    def row(unit: Tensor) -> Tensor:
+        return torch.autograd.grad(values, guess, unit, retain_graph=True)[0]
+
     try:
         with vmap_without_fallback():
-            (rows,) = torch.autograd.grad(values, guess, units, retain_graph=True, is_grads_batched=True)
-            return rows
-    except RuntimeError:  # an operator without a batching rule, such as fused attention
-        return torch.stack([torch.autograd.grad(values, guess, unit, retain_graph=True)[0] for unit in units])
+            return torch.vmap(row)(units), ""
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        if "batching rule" not in why.lower() and "vmap" not in why:
+            raise
+        return torch.stack([row(unit) for unit in units]), why.partition(";")[0]
 
 
 @contextlib.contextmanager

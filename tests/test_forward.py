@@ -340,3 +340,26 @@ def test_where_regions_cannot_or_need_not_run_side_by_side() -> None:
     model, x = in_float64("mlp", depth=4)
     with pytest.raises(EngineError, match="64"):
         lbi_compile.transform(model, x, regions=4, r=80, interface="pooled", forward=PARALLEL)
+
+
+def test_jacobians_row_by_row_are_told() -> None:
+    """An operator without a batching rule."""
+
+    @torch.library.custom_op("lbi_test::halve", mutates_args=())
+    def halve(x: Tensor) -> Tensor:
+        return x / 2
+
+    halve.register_fake(torch.empty_like)
+    halve.register_autograd(lambda ctx, grad: halve(grad))
+
+    class Halving(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return halve(x)
+
+    model, inputs = in_float64("mlp", depth=4)
+    model.blocks[1] = nn.Sequential(model.blocks[1], Halving())
+    bounded = lbi_compile.transform(
+        model, inputs, regions=4, r=4, interface="pooled", backward="autograd", forward=PARALLEL
+    )
+    assert compare(bounded, inputs, "autograd") <= 10 * TOL * bounded.solve.product_norm
+    assert "Jacobians row by row: lbi_test::halve" in str(bounded.solve)

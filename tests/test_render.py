@@ -15,9 +15,10 @@ import pytest
 from rich.console import Console
 
 from lbi_compile.plan import Decision
+from lbi_compile.quantities import count, size
 from lbi_compile.render import tree
 from lbi_compile.render.report import ReportView, page
-from lbi_compile.render.text import bar, count, layers, plain, size
+from lbi_compile.render.text import bar, layers, plain
 from lbi_compile.render.tree import PlanView
 from lbi_compile.report import Check
 from tests import records

@@ -13,7 +13,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from lbi_compile.render.text import facts, seconds, size, times
+from lbi_compile.quantities import seconds, size, times
+from lbi_compile.render.text import facts
 
 from .measure import Spread
 from .parallel import Line, Meeting

@@ -8,7 +8,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from lbi_compile.render.text import facts, seconds, size, times
+from lbi_compile.quantities import seconds, size, times
+from lbi_compile.render.text import facts
 
 from .compare import OK, Cell, Row
 from .measure import Spread

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lbi_compile.errors import OptionError
-from lbi_compile.render.text import seconds as told
-from lbi_compile.render.text import size
+from lbi_compile.quantities import seconds as told
+from lbi_compile.quantities import size
 from lbi_compile.simulate import Link, simulate
 
 from . import FORMS, GRAPHS

@@ -16,9 +16,10 @@ from lbi_compile.bench.plot import library
 from lbi_compile.cost.advice import Advice, Point, Row, best
 from lbi_compile.cost.form import DENSE
 from lbi_compile.cost.symbols import Workload, meaning
+from lbi_compile.quantities import count, seconds, size, times
 from lbi_compile.simulate import Link
 
-from .text import count, facts, seconds, size, times
+from .text import facts
 
 
 @dataclass(frozen=True, slots=True)

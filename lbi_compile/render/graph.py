@@ -13,8 +13,9 @@ from lbi_compile.naming import Naming
 from lbi_compile.passes.liveness import CONSTANT, INPUT, LIVE, PARAMETER_ONLY, is_float_tensor
 from lbi_compile.passes.names import module_path, operator_name
 from lbi_compile.plan import EXACT, Lane, Part, Plan, RegionPlan
+from lbi_compile.quantities import count, size
 
-from .text import count, shape, size
+from .text import shape
 
 if TYPE_CHECKING:  # the record itself needs no torch
     from torch import fx

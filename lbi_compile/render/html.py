@@ -12,11 +12,13 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+from lbi_compile.quantities import count
+
 from . import svg
 from .graph import Picture
 from .groups import BADGE, BOX_HEIGHT, CHIP_GAP, CHIP_HEIGHT, INNER, LABEL, OUTER, Box, Drawing, Inside
 from .labels import clean, text_width
-from .text import count, layers
+from .text import layers
 
 _HEAD, _PAD = 26.0, 16.0
 

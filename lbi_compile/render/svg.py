@@ -9,10 +9,11 @@ from html import escape
 from importlib import resources
 from string import Template
 
+from lbi_compile.quantities import count
+
 from .graph import PROLOGUE, ROLES, PartCounts, Picture, is_region
 from .groups import BADGE, BOX_HEIGHT, CHIP_GAP, CHIP_HEIGHT, LABEL, Box, Drawing, is_chip
 from .labels import clean, fit, text_width
-from .text import count
 
 GUTTER, MARGIN, BAND_PAD = 196.0, 24.0, 18.0
 _WIDEST_TITLE = 900.0

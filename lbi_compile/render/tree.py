@@ -10,8 +10,9 @@ from rich.tree import Tree
 
 from lbi_compile.newton import SEQUENTIAL
 from lbi_compile.plan import EXACT, Decision, Part, Plan, RegionPlan
+from lbi_compile.quantities import count, size
 
-from .text import bar, count, facts, layers, plain, shape, size
+from .text import bar, facts, layers, plain, shape
 
 _HEADS = ("nodes", "params", "FLOPs", "share")
 _WIDTHS = (6, 8, 8, 7)
