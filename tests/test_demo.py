@@ -136,6 +136,7 @@ def test_nothing_is_trained_on_wrong_gradients(monkeypatch):
     assert not result.ok
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_training_cleanly():
     command = [
         sys.executable,

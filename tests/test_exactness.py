@@ -25,7 +25,7 @@ SHARP = [
     pytest.param("transformer", 3, 4, {"interface": "token+chunked", "finish": "own"}, (3, 5), marks=pytest.mark.slow),
     pytest.param("transformer", 3, 8, {"interface": "chunked", "readout": "last"}, (3, 5), marks=pytest.mark.slow),
     pytest.param("vit", 3, 4, {}, (3, 5), marks=pytest.mark.slow),
-    ("gpt2", 4, 4, {}, (3, 5)),
+    pytest.param("gpt2", 4, 4, {}, (3, 5), marks=pytest.mark.slow),  # one of the zoo runs with the fast tests
 ]
 FULL = [
     (name, regions, r, {}) for name, regions, r in itertools.product(MODELS, (1, 2, 3, 8), (1, 4, 16))

@@ -1,4 +1,4 @@
-"""The zoo: ten unlike models with the fast tests, every model with the slow ones (as ``run.py`` measures it)."""
+"""The zoo: some unlike models with the fast tests, every model with the slow ones (as ``run.py`` measures it)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.zoo.run import TIME_LIMIT, run, surprise
 from tests.zoo.table import table
 
 FAST = [
-    pytest.param(entry, marks=pytest.mark.slow if entry.name in ("mamba2", "llama") else (), id=entry.name)
+    pytest.param(entry, marks=pytest.mark.slow if entry.name in ("mamba2", "llama", "t5") else (), id=entry.name)
     for entry in ZOO.values()
     if entry.ci
 ]
