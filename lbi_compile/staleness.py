@@ -23,6 +23,9 @@ _SETTINGS = ("p", "dropout", "momentum", "eps")
 class Fingerprint(NamedTuple):
     """A model as it was captured.
 
+    It holds modules and forwards themselves, not their ``id``: what took the place of a deleted one may stand at its
+    address.
+
     Attributes:
         state: Every module with the names of its children, its hooks, a forward of its own, and its settings, in the
             order of a walk.
@@ -37,7 +40,7 @@ def fingerprint(bounded: BoundedModule) -> Fingerprint:
     """Every submodule with its hooks; those of the bounded model too, which has a list of its own."""
     told = _told(bounded)
     modules = (*bounded.source.named_modules(), *_own(bounded))
-    named = frozenset((name, (id(module), *told(vars(module)))) for name, module in modules)
+    named = frozenset((name, (module, *told(vars(module)))) for name, module in modules)
     return Fingerprint(_state(bounded), named)
 
 
@@ -71,7 +74,7 @@ def _state(bounded: BoundedModule) -> tuple[Any, ...]:
         met.add(id(module))
         about = vars(module)
         children: dict[str, nn.Module | None] = about["_modules"]
-        found.append((id(module), tuple(children), *told(about)))
+        found.append((module, tuple(children), *told(about)))
         stack.extend(child for child in children.values() if child is not None)
     return tuple(found)
 
@@ -86,7 +89,7 @@ def _of_module(about: dict[str, Any]) -> tuple[Any, ...]:
     return (
         # by their keys, which are never used twice: one hook taken away and another put in its place are as many
         *(tuple(about[kind]) for kind in _HOOKS),
-        id(about.get("forward")),
+        about.get("forward"),
         *(value for value in settings if isinstance(value, (int, float))),
     )
 

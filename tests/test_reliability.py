@@ -241,6 +241,19 @@ def test_a_dropout_rate_after_transform_is_noticed() -> None:
     bounded(x)
 
 
+def test_a_module_at_the_address_of_a_deleted_one_is_noticed() -> None:
+    model, x = mlp(), example()
+    bounded = transform(model, x, regions=3, r=2)
+    bounded(x)
+    branch = model.blocks[0].branch
+    place = id(branch[1])
+    del branch[1]
+    others = [nn.ReLU() for _ in range(2000)]
+    branch.insert(1, next((other for other in others if id(other) == place), others[0]))
+    with pytest.raises(StaleCaptureError, match=r"blocks\.0\.branch\.1"):
+        bounded(x)
+
+
 def test_a_parameter_put_in_the_place_of_another_is_used() -> None:
     model, x = mlp(), example()
     bounded = transform(model, x, regions=3, interface="identity", backward="chain")
