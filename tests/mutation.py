@@ -214,6 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mutants", type=int, default=84)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=120, help="seconds of processor time for one mutant")
+    parser.add_argument("--share", default="1/1", help="2/3: the second of three processes that share the work")
+    parser.add_argument("--survivors", action="store_true", help="run those again that survived")
     parser.add_argument("--only", default="", help="modules whose path has this in it")
     parser.add_argument("--check", action="store_true", help="run the tests without a change and tell their times")
     parser.add_argument("--out", type=Path, default=Path("mutation.jsonl"))
@@ -230,9 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.check:
             return _check(tree, chosen, limit=options.limit, log=log)
         rows = _rows(out)
-        for path, mutant in sample(tree, options.mutants, seed=options.seed):
+        part, parts = map(int, options.share.split("/"))
+        for path, mutant in sample(tree, options.mutants, seed=options.seed)[part - 1 :: parts]:
             key = (path, *mutant.start_pos, mutant.operator_name, mutant.occurrence)
-            if key in rows or path not in chosen:
+            known = key in rows and not (options.survivors and rows[key]["result"] == "passed")
+            if known or path not in chosen:
                 continue
             rows[key] = _tried(tree, path, mutant, limit=options.limit, log=log)
             with out.open("a") as file:
