@@ -11,7 +11,6 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
@@ -28,11 +28,11 @@ from lbi_compile.errors import LBIError
 from lbi_compile.verify import relative_errors
 from tests.cases import Inputs, call, gradients, in_float64, project, with_batch
 
-INTERFACES: dict[str, tuple[str, dict[str, str]]] = {
+INTERFACES: dict[str, tuple[str, dict[str, Any]]] = {
     "token, linear": ("transformer", {"interface": "token", "cell": "linear"}),
     "token, GRU": ("transformer", {"interface": "token", "cell": "gru"}),
-    "chunked": ("transformer", {"interface": "chunked"}),
-    "token+chunked": ("transformer", {"interface": "token+chunked", "cell": "linear"}),
+    "chunked": ("transformer", {"interface": "chunked", "r": 8}),
+    "token+chunked": ("transformer", {"interface": "token+chunked", "cell": "linear", "r": 8}),
     "pooled": ("mlp", {"interface": "pooled"}),
     "identity": ("transformer", {"interface": "identity"}),
     "zero": ("transformer", {"interface": "zero"}),
@@ -96,7 +96,7 @@ def row(interface: str, readout: str, engine: str) -> Found:
     counters.clear()
     model, inputs = without_dropout(name, 4)
     try:
-        bounded = lbi_compile.transform(model, inputs, regions=4, r=4, readout=readout, **options)  # type: ignore[arg-type]
+        bounded = lbi_compile.transform(model, inputs, regions=4, readout=readout, **{"r": 4, **options})
     except LBIError as error:
         return found._replace(refused=type(error).__name__)
     expected = {size: gradients(bounded, with_batch(inputs, size), "autograd") for size in BATCHES}
@@ -108,7 +108,12 @@ def row(interface: str, readout: str, engine: str) -> Found:
         for size in BATCHES:
             data = with_batch(inputs, size)
             if size == BATCHES[0]:  # `run_and_get_code` resets Dynamo
-                got, code = run_and_get_code(lambda data=data: step(bounded, compiled, data))
+                try:
+                    got, code = run_and_get_code(lambda data=data: step(bounded, compiled, data))
+                except BackendCompilerFailed as error:
+                    if not isinstance(error.inner_exception, LBIError):
+                        raise
+                    return found._replace(refused=type(error.inner_exception).__name__)
                 found = found._replace(seconds=time.perf_counter() - start)
             else:
                 got = step(bounded, compiled, data)
@@ -128,32 +133,32 @@ def step(bounded: BoundedModule, compiled: Any, inputs: Inputs) -> dict[str, Any
     return {name: None if p.grad is None else p.grad.clone() for name, p in bounded.named_parameters()}
 
 
-def rows(interfaces: list[str]) -> Iterator[Found]:
-    """One after the other."""
-    for interface, readout, engine in itertools.product(interfaces, READOUTS, ENGINES):
-        yield row(interface, readout, engine)
-
-
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("interfaces", nargs="*", help=f"of {'; '.join(INTERFACES)}")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument(
+        "--json", type=Path, help="write the rows to this file; those that stand there are not run again"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
+    kept = json.loads(options.json.read_text()) if options.json is not None and options.json.exists() else []
+    known = {one[:3]: one for one in (Found(**{name: row[name] for name in Found._fields}) for row in kept)}
+    for key in itertools.product(options.interfaces or INTERFACES, READOUTS, ENGINES):
+        if key not in known:
+            known[key] = row(*key)
+            print(known[key], file=sys.stderr, flush=True)
+            if options.json is not None:
+                made = [one._asdict() | {"ok": one.ok} for one in known.values()]
+                options.json.write_text(json.dumps(made, indent=1) + "\n")
     table = Table("interface", "readout", "engine", "breaks", "graphs", "compile", "error", "scans", "")
-    made = []
-    for found in rows(options.interfaces or list(INTERFACES)):
-        made.append(found)
-        print(found, file=sys.stderr, flush=True)
+    for found in known.values():
         counts = [str(found.breaks), str(found.graphs), f"{found.seconds:.0f} s", f"{found.error:.0e}"]
         counts += [str(found.scans)]
         numbers = [""] * len(counts) if found.refused else counts
         table.add_row(*found[:3], *numbers, found.refused or ("" if found.ok else "NOT OK"))
     Console(width=100).print(table)
-    if options.json is not None:
-        options.json.write_text(json.dumps([one._asdict() | {"ok": one.ok} for one in made], indent=1) + "\n")
-    return not all(one.ok for one in made)
+    return not all(one.ok for one in known.values())
 
 
 if __name__ == "__main__":
