@@ -115,10 +115,13 @@ class Splicer:
 
     def _constant(self, value: Any) -> fx.Node:
         at = 0
-        while hasattr(self.gm, f"_lbi_constant_{at}"):
+        while hasattr(self.gm, name := f"_lbi_constant_{at}"):
             at += 1
-        setattr(self.gm, f"_lbi_constant_{at}", value)
-        return self.gm.graph.get_attr(f"_lbi_constant_{at}")
+        if isinstance(value, Tensor):
+            self.gm.register_buffer(name, value)  # a graph warns of a plain attribute
+        else:
+            setattr(self.gm, name, value)
+        return self.gm.graph.get_attr(name)
 
     def _mark(self, copy: fx.Node, node: fx.Node, tag: str, label: Mapping[str, Any] | None) -> None:
         copy.meta = dict(node.meta)

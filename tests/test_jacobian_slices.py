@@ -6,38 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
 from lbi_compile.errors import EngineError
 from lbi_compile.passes.jacobian_slices import cut, downstream, simplify, upstream
+from tests.joint_graphs import Graph, value
 
 aten = torch.ops.aten
-
-
-def value(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.double)
-
-
-class Graph:
-    """A joint graph written by hand; every node carries its value."""
-
-    def __init__(self) -> None:
-        self.graph = fx.Graph()
-        self.root = nn.Module()
-
-    def input(self, name: str, *shape: int) -> fx.Node:
-        node = self.graph.placeholder(name)
-        node.meta["val"] = value(*shape)
-        return node
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]), **kwargs)
-        return node
-
-    def done(self, *results: fx.Node) -> fx.GraphModule:
-        self.graph.output(results)
-        return fx.GraphModule(self.root, self.graph)
 
 
 def test_closures_stop_where_they_are_told():
