@@ -170,6 +170,11 @@ REFUSED: dict[str, tuple[str, tuple[int, ...], Build]] = {
         (B, T),
         lambda g, lam: g.call(aten.reshape.default, g.call(aten.permute.default, lam, [1, 0, 2]), [B * T, R]),
     ),
+    "numbers in front, as many as indices": (
+        "holds the indices in other than its leading axes",
+        (2, 2),
+        lambda g, lam: g.call(aten.permute.default, lam, [2, 0, 1]),
+    ),
     "a value in the shape of the whole": (
         "makes a value in the shape of the whole",
         (B, T),

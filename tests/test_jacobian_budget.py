@@ -16,8 +16,17 @@ from torch.utils._pytree import tree_leaves
 import lbi_compile
 from lbi_compile.backend import eager_backend
 from lbi_compile.errors import EngineError, OptionError
-from lbi_compile.passes.jacobian_budget import JACOBIAN_BYTES, Work, parts
+from lbi_compile.passes.jacobian_budget import (
+    JACOBIAN_BYTES,
+    MOST_PARTS,
+    Parts,
+    Work,
+    check_budget,
+    parts,
+    working_bytes,
+)
 from lbi_compile.passes.scan_backward import ScanRecord
+from tests.joint_graphs import Graph
 from tests.marked import Scans, Token, pooled_attention, pooled_mlp, step
 
 EXACT = 1e-10
@@ -63,6 +72,88 @@ def test_a_budget_of_too_many_parts_is_refused():
 def test_a_budget_is_a_number_of_bytes(value: Any):
     with pytest.raises(OptionError, match="jacobian_bytes="):
         lbi_compile.transform(nn.Linear(4, 4), jacobian_bytes=value)
+
+
+def test_no_regions_need_nothing():
+    assert parts([], r=4, indices=5, budget=1) == Parts(True, 1, (), ())
+
+
+def test_regions_run_together_up_to_the_very_budget():
+    works = [Work(10, 30, True)] * 2  # 40 bytes of Jacobians, counted twice, and 60 on the way to them
+    assert parts(works, r=4, indices=5, budget=60).bounds == ((40, 60), (60, 60))
+    assert not parts(works, r=4, indices=5, budget=59).together
+    works = [Work(40, 40, True)] * 2  # 160 bytes of Jacobians, and 80 on the way
+    assert parts(works, r=4, indices=5, budget=160).together
+    assert not parts(works, r=4, indices=5, budget=159).together
+
+
+def test_parts_are_as_few_as_hold_all_indices():
+    works = [Work(1000, 3000, True)] * 2  # 40 bytes an index
+    assert parts(works, r=4, indices=100, budget=4000).bounds == ((100, 100),)
+    how = parts(works, r=4, indices=100, budget=3999)  # 99 indices a part
+    assert (how.indices, how.bounds) == (2, ((100, 2 * 99 - 1),))
+    assert parts(works, r=4, indices=100, budget=2000).bounds == ((100, 4 * 50 - 9),)
+    # what lives beside the first of three Jacobians are the other two
+    how = parts([Work(100, 4000, True), *[Work(500, 600, True)] * 2], r=4, indices=100, budget=4999)
+    assert (how.together, how.indices) == (False, 2)
+    how = parts([Work(100, 4000, True), *[Work(500, 600, True)] * 2], r=4, indices=100, budget=5000)
+    assert (how.together, how.indices) == (False, 1)
+
+
+def test_a_byte_more_than_a_whole_number_for_each_index_counts_for_every_index():
+    works = [Work(1025, 3000, True), Work(1024, 3000, True)]  # 4098 bytes at 100 indices: 41 for each
+    assert parts(works, r=4, indices=100, budget=4099).indices == 2
+    assert parts(works, r=4, indices=100, budget=4100).indices == 1
+
+
+def test_as_many_parts_as_are_allowed():
+    most = MOST_PARTS * 1000 - (MOST_PARTS - 1) ** 2
+    for indices, fits in ((most, True), (most + 1, False)):
+        works = [Work(10 * indices, 10 * indices, True)]  # 20 bytes an index, 1000 indices a part
+        if fits:
+            assert parts(works, r=4, indices=indices, budget=20_000).indices == MOST_PARTS
+        else:
+            with pytest.raises(EngineError, match="no more than 64 parts"):
+                parts(works, r=4, indices=indices, budget=20_000)
+
+
+def test_one_region_that_cannot_be_cut_keeps_all_whole():
+    how = parts([Work(10, 800, True), Work(10, 100, False)], r=8, indices=5, budget=300)
+    assert (how.indices, how.rows) == (1, (2, 8))
+
+
+def test_rows_are_halved_until_they_fit():
+    def rows(budget: int) -> tuple[int, ...]:
+        return parts([Work(1, 500, False)], r=5, indices=5, budget=budget).rows
+
+    assert [rows(budget) for budget in (500, 499, 300, 299, 200, 199)] == [(5,), (3,), (3,), (2,), (2,), (1,)]
+    how = parts([Work(1, 500, False), Work(1, 100, False)], r=5, indices=5, budget=300)
+    assert how.bounds == ((500, 500), (100, 300))
+    how = parts([Work(1, 500, False), Work(1, 100, False)], r=5, indices=5, budget=100)
+    assert (how.rows, how.bounds, how.over) == ((1, 5), ((100, 100),), "")
+
+
+def test_jacobians_alone_over_the_budget_are_told_first():
+    assert parts([Work(50, 800, False)], r=8, indices=5, budget=100).over == ""
+    assert parts([Work(50, 800, False)], r=8, indices=5, budget=99).over == "the Jacobians alone take 100 bytes"
+
+
+def test_a_byte_is_a_budget():
+    assert check_budget(1) == 1
+
+
+def test_what_lives_at_one_time_on_the_way_to_a_jacobian():
+    g = Graph()
+    lam, saved = g.input("lam", 3, 4), g.input("saved", 3, 4)
+    constant = g.call(torch.ops.aten.exp.default, saved)  # not per cotangent
+    a = g.call(torch.ops.aten.mul.Tensor, lam, constant)
+    b = g.call(torch.ops.aten.view.default, a, [12])  # of a
+    c = g.call(torch.ops.aten.neg.default, b)
+    d = g.call(torch.ops.aten.neg.default, c)  # a is dead
+    wide = g.call(torch.ops.aten.cat.default, [d, d, d])  # c is dead
+    value = 12 * 8
+    r = 5
+    assert working_bytes(g.done(wide), r) == (1 + 3) * value * r
 
 
 def test_parts_of_the_indices_are_exact_at_sizes_that_change():
