@@ -145,7 +145,7 @@ def solve(
         guess: `[K - 1, N, R]` of the latents `m_1 .. m_{K-1}`.
         method: ``"parallel"``, ``"quasi-newton"`` or ``"jacobi"``.
         tol: Residual that counts as converged.
-        max_iters: Most evaluations; by default as many as are needed in the worst case, K - 1.
+        max_iters: Most evaluations, at least one; by default as many as are needed in the worst case, K - 1.
 
     Returns:
         The latents `[K - 1, N, R]`, or ``None`` where the regions have to be run one after another; and the record.
@@ -194,7 +194,7 @@ def solve(
         SEQUENTIAL,
         "fallback",
         len(residuals),
-        residuals[-1] if residuals else math.inf,
+        residuals[-1],
         tuple(residuals),
         clipped,
         tol,

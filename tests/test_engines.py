@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lbi_compile
 from lbi_compile import engines
-from lbi_compile.errors import EngineError, OptionError
+from lbi_compile.errors import DoubleBackwardError, EngineError, OptionError
 from lbi_compile.kernels import reference
 from lbi_compile.verify import relative_errors
 from tests.cases import call, gradients, in_float64, project
@@ -187,3 +187,48 @@ def test_retain_graph_and_two_forwards_before_backward_with_changing_batch() -> 
         return {name: p.grad.clone() for name, p in bounded.named_parameters() if p.grad is not None}
 
     assert max(relative_errors(run("scan"), run("autograd")).values()) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("request_", "boundaries", "name", "why"),
+    [
+        ("auto", 0, "autograd", "auto: nothing crosses between regions"),
+        ("auto", 1, "autograd", "auto: one latent crosses, so there is no Jacobian and nothing to scan"),
+        ("auto", 2, "auto", "at the first training steps, by the cost model, and by their time where that is close"),
+        ("scan", 1, "scan", "asked for; 1 latent(s) cross, so there is no Jacobian and nothing to scan"),
+        ("scan", 2, "scan", "asked for"),
+        ("chain", 0, "chain", "asked for"),
+        ("autograd", 5, "autograd", "asked for"),
+    ],
+)
+def test_what_is_settled_beforehand(request_: str, boundaries: int, name: str, why: str) -> None:
+    found = engines.choose(request_, boundaries=boundaries)
+    assert (found.name, found.why) == (name, why)
+
+
+def test_an_engine_tells_what_is_out_of_the_ordinary_and_nothing_else() -> None:
+    assert str(engines.Engine("scan", "asked for", 3, batched=4)) == "scan (asked for)"
+    assert "unrolled over r: a, b" in str(engines.Engine("scan", "", unrolled=(("a", "x"), ("b", "y"))))
+    assert "2 parts of the indices" in str(engines.Engine("scan", "", parts=2))
+    assert "1 row(s) of a Jacobian at a time" in str(engines.Engine("scan", "", rows=1))
+    assert str(engines.Engine("scan", "", over=("this", "that"))).endswith("jacobian_bytes: this; that")
+    assert str(engines.Engine("scan", "", unbatched=(("a", "x"),))).endswith("not batched over regions: a")
+
+
+def test_requests_are_engines_or_auto() -> None:
+    assert [engines.check_request(name) for name in engines.REQUESTS] == ["auto", "autograd", "chain", "scan"]
+    with pytest.raises(OptionError, match="backward='fast'"):
+        engines.check_request("fast")
+
+
+def test_an_output_of_the_scan_is_differentiated_once() -> None:
+    x = torch.ones(2, requires_grad=True)
+    y = engines.once(x * x)
+    torch.autograd.grad(y.sum(), x, retain_graph=True)
+    with pytest.raises(DoubleBackwardError):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    # a parameter that a model returns belongs to others too; what has no gradient has no hook
+    assert engines.once(x) is x
+    torch.autograd.grad((x * x).sum(), x, create_graph=True)
+    assert engines.once(3) == 3
+    assert not engines.once(torch.ones(2)).requires_grad

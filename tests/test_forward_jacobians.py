@@ -85,6 +85,27 @@ def test_a_region_whose_latents_do_not_meet_has_zeros(missing: str):
     assert torch.equal(J, torch.zeros(B, R, R).double())
 
 
+def test_operators_that_ran_once_per_cotangent_are_told():
+    g = Graph(fake=True)
+    m, tangent = g.input("m", 1, R), g.input("tangents_1", 1, R)
+    before = g.call(lbi.boundary.default, m, 2, 0)
+    after = g.call(lbi.boundary.default, g.call(aten.neg.default, before), 3, 0)
+    slot = g.graph.call_function(lbi.jacobian.default, (after, before, 1, 0))
+    slot.meta["val"] = after.meta["val"].new_empty(1, R, R)
+    total = g.call(
+        aten.view.default, g.call(aten.sum.dim_IntList, g.call(lbi.boundary_bwd.default, tangent, 3, 0), [0, 1]), [1]
+    )
+    zeros = g.call(aten.full.default, [1, R], 0.0, dtype=torch.double)
+    at = g.constant("at", torch.tensor([0, 2]))
+    # values that broadcast over the indices have no batching rule
+    adjoint = g.call(aten._unsafe_index_put.default, zeros, [None, at], total, True)
+    gm, record = g.done(after, slot, g.call(lbi.boundary_bwd.default, adjoint, 2, 0)), ScanRecord()
+    forward_jacobians(gm, record=record, forward_outputs=2)
+    assert set(record.unrolled) == {"aten._unsafe_index_put.default"}
+    _, J, _ = gm(value(1, R), None)
+    assert torch.equal(J, torch.tensor([1.0, 0, 1, 0]).double().expand(1, R, R))
+
+
 def test_latents_of_two_shapes_are_refused_and_told():
     g = Graph(fake=True)
     m, tangent = g.input("m", B, R), g.input("tangents_1", B, R)

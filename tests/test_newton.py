@@ -13,6 +13,7 @@ from lbi_compile.newton import (
     PARALLEL,
     QUASI,
     SEQUENTIAL,
+    Solve,
     default_tolerance,
     norm_bound,
     product_norm,
@@ -200,3 +201,63 @@ def test_tolerances_leave_room_for_rounding() -> None:
     tolerances = [default_tolerance(dtype, 16) for dtype in sizes]
     assert all(a < b for a, b in pairwise(tolerances))
     assert default_tolerance(torch.float32, 4096) > 1e-4
+
+
+def test_a_record_tells_its_story() -> None:
+    told = "parallel (3 iterations, residual 1.0e-12 of 1e-10 allowed"
+    assert str(Solve(PARALLEL, "w", 3, 1e-12, tol=1e-10)) == told + ")"
+    assert str(Solve(PARALLEL, "w", 3, 1e-12, clipped=2, tol=1e-10)) == told + ", 2 of them clipped)"
+    assert str(Solve(SEQUENTIAL, "asked for", 3)) == "sequential (asked for)"
+    assert str(Solve(PARALLEL, "one region", 0)) == "parallel (one region)"
+    assert str(Solve(SEQUENTIAL, "fallback", 3, fallback="slow", note="by hand")) == (
+        "sequential (fallback: slow); by hand"
+    )
+
+
+def linear(rho: float, J: float) -> tuple[Tensor | None, Solve]:
+    """Two latents 1 of one number, a guess that is off by ``rho`` at the first, and a Jacobian that says ``J``."""
+
+    def evaluate(guess: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones(2, 1, 1, dtype=torch.float64), torch.full((1, 1, 1, 1), J, dtype=torch.float64)
+
+    guess = torch.tensor([1 - rho, 1.0], dtype=torch.float64).view(2, 1, 1)
+    return solve(evaluate, guess, tol=10.0)
+
+
+def test_a_correction_beyond_the_share_of_trust_is_clipped() -> None:
+    # the correction of the second latent is J * rho, beside latents of norm sqrt(2)
+    share = 0.3 * 2**0.5
+    assert linear(share / 2 * 0.999, 2.0)[1].clipped == 0
+    assert linear(share / 2 * 1.001, 2.0)[1].clipped == 1
+    # what stretches nothing is not clipped, however large the step
+    assert linear(5.0, 1.0)[1].clipped == 0
+    assert linear(5.0, 1.001)[1].clipped == 1
+
+
+def test_after_convergence_no_large_step_is_taken() -> None:
+    near, _ = linear(0.1, 1.0)
+    assert near is not None
+    assert near.flatten().tolist() == pytest.approx([1.0, 1.1])
+    far, _ = linear(5.0, 1.0)
+    assert far is not None
+    assert far.flatten().tolist() == [-4.0, 1.0]
+
+
+def test_the_residual_is_the_largest_over_indices_and_a_sum_over_latents() -> None:
+    """Two indices, three latents of one number: off by 1, 2 and 3 of mean 2 at one index, by nothing at the other."""
+
+    def evaluate(guess: Tensor) -> tuple[Tensor, None]:
+        return torch.tensor([[1.0, 1.0], [2.0, 1.0], [3.0, 1.0]], dtype=torch.float64)[..., None], None
+
+    guess = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]], dtype=torch.float64)[..., None]
+    _, record = solve(evaluate, guess, method=JACOBI, tol=1e-12)
+    assert record.residuals == (3.0, 0.0)
+    assert (record.iterations, record.why, record.residual) == (2, "converged", 0.0)
+    _, record = solve(evaluate, guess, method=JACOBI, tol=3.0)
+    assert (record.iterations, record.residual, record.tol) == (1, 3.0, 3.0)
+
+
+def test_no_index_is_solved_at_once() -> None:
+    found, record = solve(lambda guess: (guess, None), torch.zeros(2, 0, 3), method=JACOBI, tol=1e-6)
+    assert found is not None
+    assert (found.shape, record.iterations, record.residual) == ((2, 0, 3), 1, 0.0)
