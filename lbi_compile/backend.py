@@ -17,6 +17,7 @@ from lbi_compile.passes import (
     alike,
     axes,
     axis_calls,
+    axis_probes,
     axis_recurrent,
     axis_routing,
     axis_rules,
@@ -28,10 +29,14 @@ from lbi_compile.passes import (
     jacobian_budget,
     jacobian_slices,
     jacobians,
+    layouts,
     linearity,
+    liveness,
+    names,
     ordering,
     region_rules,
     region_sums,
+    repeats,
     splicing,
 )
 from lbi_compile.passes import batch_regions as batch_regions_file
@@ -184,9 +189,10 @@ def _rewrite(graph: fx.Graph, *, batched: bool, jacobian_bytes: int) -> None:
 
 def rewrite_sources() -> tuple[str, ...]:
     """Files on which the rewrite depends; Inductor's caches must miss when one of them changes."""
-    batching = (alike, batch_regions_file, ordering, region_rules, region_sums)
+    batching = (alike, batch_regions_file, ordering, region_rules, region_sums, repeats)
     scans = (adjoint_scan, index_chunks, jacobian_budget, jacobian_slices, jacobians, scan_backward_file)
-    axes_files = (axes, axis_calls, axis_recurrent, axis_routing, axis_rules, axis_views, axis_windows, axis_writes)
+    rules = (axis_calls, axis_recurrent, axis_routing, axis_rules, axis_views, axis_windows, axis_writes)
+    axes_files = (axes, axis_probes, layouts, liveness, names, *rules)
     modules = (batch_cotangents, linearity, splicing, _torch, *scans, *axes_files, *batching)
     return tuple(str(module.__file__) for module in modules)
 

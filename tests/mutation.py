@@ -53,7 +53,7 @@ TESTS: dict[str, list[str]] = {
     "lbi_compile/newton.py": ["test_newton.py"],
     "lbi_compile/diagnostics.py": ["test_diagnostics.py", "test_products.py"],
     "lbi_compile/staleness.py": ["test_reliability.py", "test_errors.py", "test_state.py"],
-    "lbi_compile/gate.py": ["test_reliability.py"],
+    "lbi_compile/gate.py": ["test_gate.py", "test_reliability.py"],
     "passes/adjoint_scan.py": ["test_scan_backward.py"],
     "passes/alike.py": ["test_batch_regions.py"],
     "passes/axes.py": ["test_axes.py"],

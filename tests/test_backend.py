@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lbi_compile import _torch, backend
 from lbi_compile.backend import eager_backend, last_record
 from lbi_compile.errors import EngineError, OptionError
+from lbi_compile.passes import scan_backward
 from lbi_compile.passes.scan_backward import ScanRecord
 from tests.marked import EXACT, Token, mark, pooled_attention, pooled_mlp, step
 
@@ -283,6 +285,25 @@ def test_the_place_of_the_rewrite_cannot_be_taken():
         backend.lbi(torch.fx.symbolic_trace(nn.ReLU()), [torch.randn(3)])
     assert "joint_custom_pre_pass is set" in caught.value.found
     assert "joint_custom_post_pass" in caught.value.do
+
+
+def passes_behind(*names: str) -> set[str]:
+    """Files of these passes and of all passes that they import."""
+    place = Path(str(scan_backward.__file__)).parent
+    found: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            imports = re.findall(r"^from lbi_compile\.passes\.(\w+) import", (place / name).read_text(), re.MULTILINE)
+            left += [f"{module}.py" for module in imports]
+    return found
+
+
+def test_every_pass_that_the_rewrite_imports_is_a_source_of_it():
+    files = {Path(name).name for name in backend.rewrite_sources()}
+    assert passes_behind("scan_backward.py", "batch_regions.py") <= files
 
 
 def test_caches_depend_on_the_source_of_the_rewrite(tmp_path: Path):

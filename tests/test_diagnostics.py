@@ -9,8 +9,9 @@ from torch import Tensor
 import lbi_compile
 from lbi_compile import BoundedModule
 from lbi_compile.ablation import Ablation, ablate
-from lbi_compile.diagnostics import jacobian_norms
+from lbi_compile.diagnostics import _norms_of, interface_jacobian, jacobian_norms, kinds_of
 from lbi_compile.errors import BatchCouplingError, OptionError
+from lbi_compile.interfaces import Latents
 from tests.cases import in_float64
 from tests.hooked_models import Branching
 from tests.models import BatchNormMLP
@@ -115,3 +116,42 @@ def test_verify_shows_ablations() -> None:
     page = str(report)
     assert "where latents are spoiled" in page
     assert " all " in page
+
+
+def test_latents_by_kind_from_the_first_region_that_one_enters() -> None:
+    a, b, c = (torch.full((1, 2), float(i)) for i in range(3))
+    assert kinds_of([None, a, b]) == [("latent", 1, [a, b])]
+    assert kinds_of([a, None, b]) == [("latent", 0, [a, b])]
+    assert kinds_of([None, None]) == []
+    chunk, token = kinds_of([Latents(None, a), Latents(b, c)])
+    assert chunk == ("chunk", 0, [a, c])
+    assert token == ("token", 1, [b])
+    assert [name for name, *_ in kinds_of([None, Latents(None, a)])] == ["chunk"]
+
+
+def test_a_jacobian_has_a_row_for_each_number_after() -> None:
+    before = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    W = torch.randn(4, 4, dtype=torch.float64)
+    J = interface_jacobian(torch.tanh(before @ W.T), before)
+    slope = 1 - torch.tanh(before @ W.T).square()
+    torch.testing.assert_close(J, (slope[..., None] * W).flatten(0, 1).detach())
+    other = torch.ones(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(interface_jacobian(other * 2, before), torch.zeros(6, 4, 4, dtype=torch.float64))
+
+
+def test_norms_need_two_latents_and_no_more_than_64_numbers() -> None:
+    def latents(count: int, r: int) -> list[Tensor]:
+        found = [torch.ones(2, r, dtype=torch.float64, requires_grad=True)]
+        for k in range(1, count):
+            found.append(found[-1] * torch.tensor([[1.0 + k], [-2.0 * k]], dtype=torch.float64))
+        return found
+
+    assert _norms_of("latent", 1, latents(1, 3)) is None
+    assert _norms_of("latent", 1, latents(2, 65)) is None
+    assert _norms_of("latent", 1, latents(2, 64)) is not None
+    norms = _norms_of("latent", 1, latents(4, 3))
+    assert norms is not None
+    # factors 2, 3, 4 at one index, -2, -4, -6 at the other
+    assert norms.norms == pytest.approx((2, 4, 6))
+    assert norms.products == pytest.approx((6, 24, 48))
+    assert (norms.latent, norms.first) == ("latent", 1)

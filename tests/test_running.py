@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lbi_compile import BoundedModule
 from lbi_compile.interfaces import Latents
+from lbi_compile.passes.alike import CHAIN, REGION
 from lbi_compile.passes.insert import Program
 from lbi_compile.running import each, evaluate, evaluate_traced, first_latent, run
 from tests.small_models import small
@@ -129,3 +131,23 @@ def test_places_of_jacobians_bear_the_marks_of_what_they_lie_between(bounded: tu
         (2, 5, 4),
         (1, 5, 4, 4),
     ]
+
+
+def test_nodes_are_labelled_by_region_where_a_compiler_reads_the_marks(
+    bounded: tuple[BoundedModule, Program, Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    module, program, x = bounded
+    labels: list[dict[str, int]] = []
+
+    def annotated(label: dict[str, int]) -> contextlib.AbstractContextManager[None]:
+        labels.append(label)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("lbi_compile.running.annotated", annotated)
+    run(module, program, [x], marked=True, taps=False)
+    assert labels == []
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    run(module, program, [x], marked=False, taps=False)
+    assert labels == []
+    run(module, program, [x], marked=True, taps=False)
+    assert labels == [{CHAIN: module._chain, REGION: k} for k in range(3)]
