@@ -62,6 +62,8 @@ def test_what_has_no_chunked_form():
 def test_a_small_device_is_full_sooner():
     assert on_gpu(4096, 40, 16) == ("chunked", 64)
     assert on_gpu(4096, 40, 16, processors=8) == ("vector", 0)
+    assert [on_gpu(K, 8, 1, processors=4) for K in (152, 153)] == [("vector", 0), ("chunked", 16)]
+    assert [on_gpu(K, 8, 8, processors=4) for K in (284, 285)] == [("vector", 0), ("chunked", 32)]
 
 
 # -- tiles
