@@ -85,10 +85,10 @@ def _is_linear(target: Any, args: Sequence[Any], kwargs: dict[str, Any], live: C
         return not live(args[1])
     if target is aten.where.self:
         return not live(args[0])
-    if name == "masked_fill":
-        return not live(args[1]) and not live(args[2]) and (isinstance(args[2], torch.Tensor) or args[2] == 0)
+    if name == "masked_fill":  # of a number: the other overload is not pointwise
+        return not live(args[1]) and args[2] == 0
     if name in ("addcmul", "addcdiv"):
-        return live(args[0]) and not (live(args[1]) and live(args[2])) and not (name == "addcdiv" and live(args[2]))
+        return live(args[0]) and live(args[1]) != live(args[2]) and not (name == "addcdiv" and live(args[2]))
     if name == "lerp":
         return live(args[0]) and live(args[1]) and not live(args[2])
     return False

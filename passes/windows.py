@@ -71,18 +71,14 @@ def several_lanes(
         gathered = {before for node in tail for before in live.waits[node] if before not in tail}
         end = max((n for n in gathered if n in main), key=position.__getitem__)
     shared = shared_sources(live, flops) - {canvas}
-    inner = [
-        node
-        for node in live.live[position.get(canvas, -1) + 1 : position[end] + 1]
-        if node in main and node not in tail
-    ]
+    inner = [node for node in live.live[position[canvas] + 1 : position[end] + 1] if node in main and node not in tail]
     if len(inner) < regions:
         raise TooManyRegionsError(
             f"{regions} regions asked for, {len(inner)} operations between canvas and head",
             expected=f"at most {max(len(inner), 1)} regions",
             do="ask for fewer",
         )
-    stem = [node for node in live.live[: position.get(canvas, -1)] if node in main]
+    stem = [node for node in live.live[: position[canvas]] if node in main]
     nodes = [*stem, canvas, *inner]
     place = {node: i for i, node in enumerate(nodes)}
     users: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
@@ -188,7 +184,8 @@ def _in_windows(
         target = k * mean
         previous = max(first, *(place[node] for node in found[-1])) if found else first
         low = max(bisect_right(weight, target - half * mean) - 1, previous)
-        high = min(bisect_left(weight, target + half * mean) + 1, len(nodes) - 1)
+        last = len(nodes) - regions + k  # every later region has an operation of its own
+        high = min(bisect_left(weight, target + half * mean) + 1, last)
 
         def price(node: fx.Node, target: float = target) -> int:
             distance = min(abs(weight[place[node]] - target) / mean, 1.0)
@@ -198,8 +195,8 @@ def _in_windows(
         lanes = None
         if low + 1 < high:
             lanes = minimum_cut(live, nodes, users=users, window=(low, high), price=price, free=free)
-        if not lanes:
-            lanes = _nearest(live, nodes, users, weight, target, previous, free)
+        if set(lanes or ()) <= set(found[-1] if found else nodes[:first]):  # the region would be empty
+            lanes = _nearest(live, nodes, users, weight, target, range(previous + 1, last), free)
         found.append(lanes)
         held.update(lanes)
     return found
@@ -211,10 +208,10 @@ def _nearest(
     users: Mapping[fx.Node, Sequence[fx.Node]],
     weight: Sequence[int],
     target: float,
-    previous: int,
+    among: range,
     free: frozenset[fx.Node],
 ) -> tuple[fx.Node, ...]:
-    """Where one node outweighs the window: the fewest lanes at a place of program order, the nearest of those."""
+    """Where one node outweighs the window: the fewest lanes ``among`` places of program order, the nearest of those."""
     place = {node: i for i, node in enumerate(nodes)}
     last = [max((place[user] for user in users[node]), default=i) for i, node in enumerate(nodes)]
     spans = [0] * (len(nodes) + 1)
@@ -227,7 +224,7 @@ def _nearest(
                 spans[place[before]] += len(nodes)
                 spans[i] -= len(nodes)
     counts = list(accumulate(spans))
-    inside = [i for i in range(previous + 1, len(nodes) - 1) if 0 < counts[i] < len(nodes)]
+    inside = [i for i in among if 0 < counts[i] < len(nodes)]
     if not inside:
         raise NoSeparatorError(
             "a region between whose operations no set of float tensors carries everything",

@@ -69,7 +69,7 @@ TESTS: dict[str, list[str]] = {
     "passes/batch_regions.py": ["test_batch_regions.py"],
     "passes/casts.py": ["test_casts.py"],
     "passes/costs.py": ["test_costs.py"],
-    "passes/critical_path.py": ["test_forward.py"],
+    "passes/critical_path.py": ["test_critical_path.py", "test_forward.py"],
     "passes/evaluate.py": ["test_evaluate.py", "test_reliability.py"],
     "passes/forward_jacobians.py": ["test_forward_jacobians.py", "test_jacobian_slices.py", "test_forward.py"],
     "passes/index_chunks.py": ["test_index_chunks.py", "test_jacobians.py", "test_jacobian_budget.py"],
@@ -79,10 +79,10 @@ TESTS: dict[str, list[str]] = {
     "passes/jacobians.py": ["test_jacobians.py", "test_scan_backward.py", "test_jacobian_budget.py"],
     "passes/lanes.py": ["test_lanes.py"],
     "passes/layouts.py": ["test_layouts.py"],
-    "passes/linearity.py": ["test_liveness.py", "test_scan_backward.py"],
+    "passes/linearity.py": ["test_linearity.py", "test_scan_backward.py"],
     "passes/liveness.py": ["test_liveness.py"],
     "passes/names.py": ["test_names.py"],
-    "passes/ordering.py": ["test_separators.py", "test_scan_backward.py"],
+    "passes/ordering.py": ["test_ordering.py", "test_scan_backward.py"],
     "passes/partition.py": ["test_partition.py"],
     "passes/positions.py": ["test_positions.py"],
     "passes/region_rules.py": ["test_region_rules.py", "test_batch_regions.py"],
@@ -93,7 +93,7 @@ TESTS: dict[str, list[str]] = {
     "passes/splicing.py": ["test_splicing.py", "test_scan_backward.py"],
     "passes/validate.py": ["test_validate.py"],
     "passes/vertex_cut.py": ["test_vertex_cut.py"],
-    "passes/windows.py": ["test_axis_windows.py"],
+    "passes/windows.py": ["test_windows.py", "test_lanes.py"],
 }
 # Not the plugins of pytest: it has to be the first to import those.
 _WARM = ("torch", "torch._dynamo", "torch.export", "numpy", "networkx", "sympy", "pytest", "rich.console")
