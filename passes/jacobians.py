@@ -15,6 +15,7 @@ from lbi_compile.passes.batch_cotangents import Batched, BatchInterpreter
 from lbi_compile.passes.index_chunks import Inseparable, Narrowed, Operand, narrowed
 from lbi_compile.passes.jacobian_budget import Work, working_bytes
 from lbi_compile.passes.jacobian_slices import Slice, cut, downstream, simplify
+from lbi_compile.passes.linearity import require_no_constant
 from lbi_compile.passes.splicing import BACKWARD, Splicer
 
 
@@ -96,6 +97,8 @@ class Jacobians:
                 lambda: torch.zeros(*lead, r, r, dtype=value.dtype, device=value.device), [], tag=self.tag
             )
             return Jacobian(region, None, None, None, node)
+        live = {region.source, *downstream([region.source])}
+        require_no_constant(self.gm, region.path, live=live, dead=region.extra)
         piece = cut(self.gm, region.path, live=[region.source], dead=region.extra, end=region.end)
         like = piece.signature()
         if like not in self._modules:

@@ -6,12 +6,15 @@ or a hand-written ``autograd.Function``, need not be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, fx
 
+from lbi_compile._torch import unset_fake_temporarily
 from lbi_compile.errors import EngineError
+from lbi_compile.passes.names import operator_name
 
 aten = torch.ops.aten
 
@@ -41,9 +44,30 @@ _CONTRACTIONS = {
 }
 # Not pointwise, and known not to be linear. Anything else that is not pointwise moves, sums or multiplies numbers.
 _NONLINEAR = {
-    "_log_softmax", "_softmax", "amax", "amin", "aminmax", "argmax", "argmin", "cummax", "cummin", "cumprod",
-    "linalg_vector_norm", "logcumsumexp", "logsumexp", "max", "median", "min", "norm", "prod", "sort", "std", "topk",
-    "var", "var_mean", "std_mean",
+    "amax", "amin", "aminmax", "argmax", "argmin", "_cdist_forward", "cummax", "cummin", "cumprod", "index_reduce",
+    "kthvalue", "linalg_cholesky_ex", "_linalg_det", "_linalg_eigh", "linalg_inv_ex", "linalg_matrix_exp",
+    "linalg_qr", "_linalg_slogdet", "_linalg_svd", "linalg_vector_norm", "_log_softmax", "logcumsumexp",
+    "logsumexp", "max", "median", "min", "mode", "nanmedian", "norm", "prod", "renorm", "scatter_reduce",
+    "_softmax", "sort", "std", "std_mean", "topk", "var", "var_mean",
+}  # fmt: skip
+# Made of a gradient's shape, not of its numbers.
+_SHAPED = {"full_like": 1, "new_full": 2, "ones_like": None, "new_ones": None}
+# Operators that put numbers beside those of a gradient or add them to it, and the arguments that hold either: a
+# constant among them is a part of the result that no unit cotangent shows, unless it is zero.
+_JOINED = {
+    "cat": (0,), "stack": (0,), "where": (1, 2), "masked_fill": (0, 2), "masked_scatter": (0, 2), "copy": (1,),
+    "fill": (1,), "index_fill": (0, 3), "put": (0, 2), "index_put": (0, 2), "_unsafe_index_put": (0, 2),
+    "index_add": (0, 3), "index_copy": (0, 3), "scatter": (0, 3), "scatter_add": (0, 3), "slice_scatter": (0, 1),
+    "select_scatter": (0, 1), "diagonal_scatter": (0, 1), "as_strided_scatter": (0, 1), "addmm": (0,),
+    "addmv": (0,), "baddbmm": (0,), "constant_pad_nd": (2,),
+}  # fmt: skip
+_ZEROS = {"zeros", "zeros_like", "new_zeros"}
+_FILLED = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0, "fill": 1}
+# Of their first argument alone, and zero where it is.
+_KEEPING = {
+    "alias", "as_strided", "clone", "contiguous", "convert_element_type", "detach", "expand", "flatten",
+    "lift_fresh_copy", "neg", "permute", "reshape", "select", "slice", "squeeze", "t", "to", "_to_copy",
+    "transpose", "unflatten", "_unsafe_view", "unsqueeze", "view",
 }  # fmt: skip
 
 
@@ -67,10 +91,74 @@ def require_linear(target: Any, args: Sequence[Any], kwargs: dict[str, Any], *, 
         )
 
 
+def require_no_constant(
+    root: fx.GraphModule, path: Sequence[fx.Node], *, live: Collection[fx.Node], dead: Collection[fx.Node]
+) -> None:
+    """Check what is put beside the gradients of a path, as ``torch.where`` or ``torch.cat`` in a hook may do.
+
+    Args:
+        root: Owner of the graph.
+        path: Nodes of an adjoint path.
+        live: Those that depend on the adjoint, and the adjoint.
+        dead: Other values that are read as zero.
+
+    Raises:
+        EngineError: A constant joins the gradient that is not known to be zero.
+    """
+    known = {*live, *dead, *path}
+    for node in path:
+        if node not in live or node.op != "call_function":
+            continue
+        for place in _JOINED.get(_name(node), ()):
+            if place >= len(node.args):
+                continue
+            given = node.args[place]
+            for one in given if isinstance(given, (list, tuple)) else (given,):
+                if one not in known and not _is_zero(root, one):
+                    raise EngineError(
+                        f"{node.target} of a gradient between two latents and of {one}, which is not known to be zero",
+                        expected="a backward that is linear in the gradients: no constants put in their place",
+                        do="use backward='chain', or change gradients after the backward instead of inside it",
+                    )
+
+
+def _name(node: fx.Node) -> str:
+    return operator_name(node).rpartition(".")[2]
+
+
+def _is_zero(root: fx.GraphModule, value: Any) -> bool:
+    """Whether a constant of a graph is zero everywhere, by how it is made."""
+    while isinstance(value, fx.Node):
+        if value.op == "get_attr":
+            found = getattr(root, str(value.target), None)
+            with unset_fake_temporarily():  # a fake tensor has no numbers to look at
+                return type(found) is Tensor and not bool(found.any())
+        if value.op != "call_function":
+            return False
+        name = _name(value)
+        if name in _ZEROS:
+            return True
+        if name in _FILLED:
+            value = value.args[_FILLED[name]]
+        elif name in _KEEPING:
+            value = value.args[0]
+        elif name in ("cat", "stack"):
+            parts: Any = value.args[0]
+            return all(_is_zero(root, part) for part in parts)
+        else:
+            return False
+    return isinstance(value, (int, float)) and value == 0
+
+
 def _is_linear(target: Any, args: Sequence[Any], kwargs: dict[str, Any], live: Callable[[Any], bool]) -> bool:
     name = target._schema.name.split("::")[-1]
     if name.endswith(("_backward", "_backward_data")):
         return True
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        return False  # other numbers for every cotangent
+    if name in _SHAPED:
+        place = _SHAPED[name]
+        return place is not None and args[place] == 0
     if target in _CONTRACTIONS:
         return not all(live(args[i]) for i in _CONTRACTIONS[target])
     if torch.Tag.pointwise not in target.tags:

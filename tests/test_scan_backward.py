@@ -294,6 +294,14 @@ class Hook(torch.autograd.Function):
             "norm": lambda: g / g.norm(),
             "max": lambda: g - g.amax(-1, keepdim=True),
             "scale": lambda: g * 0.5,
+            "where": lambda: torch.where(torch.arange(4) > 1, g, 0.1),
+            "where zero": lambda: torch.where(torch.arange(4) > 1, g, torch.zeros_like(g)),
+            "cat": lambda: torch.cat([g[..., :2], torch.ones_like(g[..., 2:])], -1),
+            "cat zero": lambda: torch.cat([g[..., :2], g.new_zeros(1).expand_as(g[..., 2:])], -1),
+            "pad": lambda: nn.functional.pad(g[..., :3], (0, 1), value=0.1),
+            "pad zero": lambda: nn.functional.pad(g[..., :3], (0, 1)),
+            "write": lambda: g.index_fill(-1, torch.tensor([1]), 0.1),
+            "put": lambda: g.index_put((torch.tensor([0]),), torch.tensor(0.1, dtype=g.dtype)),
         }
         return changed[ctx.kind](), None
 
@@ -317,8 +325,17 @@ def test_backwards_that_are_not_linear_are_refused(kind: str):
 
 
 @instantiates
-def test_a_linear_hook_is_exact():
-    check(Hooked("scale"), FLAT[:1])
+@pytest.mark.parametrize("kind", ["where", "cat", "pad", "write", "put"])
+def test_constants_put_in_the_place_of_gradients_are_refused(kind: str):
+    error = refused(Hooked(kind), FLAT[0])
+    assert "not known to be zero" in error.found or "which is not linear in it" in error.found
+    assert "backward='chain'" in error.do
+
+
+@instantiates
+@pytest.mark.parametrize("kind", ["scale", "where zero", "cat zero", "pad zero"])
+def test_a_linear_hook_is_exact(kind: str):
+    check(Hooked(kind), FLAT[:1])
 
 
 @torch.library.custom_op("lbi_test::roll_twice", mutates_args=())
