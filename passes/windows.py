@@ -195,7 +195,8 @@ def _in_windows(
         lanes = None
         if low + 1 < high:
             lanes = minimum_cut(live, nodes, users=users, window=(low, high), price=price, free=free)
-        if set(lanes or ()) <= set(found[-1] if found else nodes[:first]):  # the region would be empty
+        before = found[-1] if found else nodes[:first]
+        if lanes is None or set(lanes) <= set(before):  # there is no cut, or the region would be empty
             lanes = _nearest(live, nodes, users, weight, target, range(previous + 1, last), free)
         found.append(lanes)
         held.update(lanes)
