@@ -31,24 +31,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cosmic_ray.work_item import MutationSpec
 
-# The fast tests of every module: what fails first where it is wrong stands first.
+# The fast tests of every module, and after "slow" single slow ones: what fails first where it is wrong stands first.
+INTERPRETED = "slow test_suffix_scan.py::test_triton_forms_on_the_interpreter"
 TESTS: dict[str, list[str]] = {
-    "kernels/chunked_form.py": ["test_forms.py", "test_suffix_scan.py", "test_kernels_sm90.py"],
+    "kernels/chunked_form.py": ["test_forms.py", "test_suffix_scan.py", "test_kernels_sm90.py", INTERPRETED],
     "kernels/cpu_scan.py": ["test_scan_forms.py::TestOnCpu"],
     "kernels/forms.py": ["test_forms.py", "test_scan_forms.py::TestChoice"],
     "kernels/ops.py": ["test_ops.py", "test_scan_forms.py"],
     "kernels/pins.py": ["test_pins.py", "test_forward.py"],
     "kernels/products.py": ["test_products.py", "test_scan_forms.py::TestProducts"],
     "kernels/reference.py": ["test_suffix_scan.py", "test_scan_forms.py"],
-    "kernels/rows_form.py": ["test_forms.py", "test_suffix_scan.py", "test_kernels_sm90.py"],
+    "kernels/rows_form.py": ["test_forms.py", "test_suffix_scan.py", "test_kernels_sm90.py", INTERPRETED],
     "kernels/soft_cross_entropy.py": ["test_soft_cross_entropy.py"],
     "kernels/soft_cross_entropy_reference.py": ["test_soft_cross_entropy.py"],
-    "kernels/suffix_scan.py": ["test_suffix_scan.py", "test_scan_forms.py"],
-    "kernels/vector_form.py": ["test_forms.py", "test_suffix_scan.py", "test_kernels_sm90.py"],
+    "kernels/suffix_scan.py": ["test_suffix_scan.py", "test_scan_forms.py", INTERPRETED],
+    "kernels/vector_form.py": ["test_forms.py", "test_suffix_scan.py", "test_kernels_sm90.py", INTERPRETED],
     "lbi_compile/engines.py": ["test_engines.py"],
     "lbi_compile/backend.py": ["test_backend.py", "test_compile.py"],
     "lbi_compile/running.py": ["test_running.py", "test_transform.py", "test_exactness.py", "test_forward.py"],
-    "lbi_compile/region.py": ["test_transform.py", "test_lanes.py"],
+    "lbi_compile/region.py": ["test_transform.py", "test_lanes.py", "test_interfaces_lanes.py"],
     "lbi_compile/scanning.py": ["test_engines.py", "test_compile.py"],
     "lbi_compile/newton.py": ["test_newton.py"],
     "lbi_compile/diagnostics.py": ["test_diagnostics.py", "test_products.py"],
@@ -88,7 +89,7 @@ TESTS: dict[str, list[str]] = {
     "passes/region_rules.py": ["test_region_rules.py", "test_batch_regions.py"],
     "passes/region_sums.py": ["test_region_sums.py", "test_batch_regions.py"],
     "passes/repeats.py": ["test_repeats.py"],
-    "passes/scan_backward.py": ["test_scan_backward.py"],
+    "passes/scan_backward.py": ["test_scan_backward.py", "test_jacobian_budget.py"],
     "passes/separators.py": ["test_separators.py"],
     "passes/splicing.py": ["test_splicing.py", "test_scan_backward.py"],
     "passes/validate.py": ["test_validate.py"],
@@ -206,7 +207,11 @@ def _in_child(tree: Path, tests: Sequence[str], *, limit: int, log: Path) -> int
     import pytest
 
     options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=0", "--rootdir", str(tree)]
-    return int(pytest.main([*options, *(str(tree / "tests" / name) for name in tests)]))
+    slow = [name.removeprefix("slow ") for name in tests if name.startswith("slow ")]
+    code = pytest.main([*options, *(str(tree / "tests" / name) for name in tests if not name.startswith("slow "))])
+    if not code and slow:
+        code = pytest.main([*options, "-m", "slow", *(str(tree / "tests" / name) for name in slow)])
+    return int(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -187,6 +187,8 @@ def test_retain_graph_and_two_forwards_before_backward_with_changing_batch() -> 
         return {name: p.grad.clone() for name, p in bounded.named_parameters() if p.grad is not None}
 
     assert max(relative_errors(run("scan"), run("autograd")).values()) <= 1e-10
+    run("scan")
+    assert (bounded.engine.rows, bounded.engine.parts) == (0, 1)  # all of every Jacobian at once
 
 
 @pytest.mark.parametrize(
@@ -211,6 +213,7 @@ def test_an_engine_tells_what_is_out_of_the_ordinary_and_nothing_else() -> None:
     assert "unrolled over r: a, b" in str(engines.Engine("scan", "", unrolled=(("a", "x"), ("b", "y"))))
     assert "2 parts of the indices" in str(engines.Engine("scan", "", parts=2))
     assert "1 row(s) of a Jacobian at a time" in str(engines.Engine("scan", "", rows=1))
+    assert "row(s)" not in str(engines.Engine("scan", "", rows=0))
     assert str(engines.Engine("scan", "", over=("this", "that"))).endswith("jacobian_bytes: this; that")
     assert str(engines.Engine("scan", "", unbatched=(("a", "x"),))).endswith("not batched over regions: a")
 

@@ -14,7 +14,7 @@ from torch.export import Dim
 
 from lbi_compile._torch import silent_export
 from lbi_compile.errors import InterfaceError
-from lbi_compile.passes.layouts import Layout, layout
+from lbi_compile.passes.layouts import Layout, _matching, layout
 
 ALL = [Layout(batch, width, rank) for rank in range(2, 7) for batch, width in permutations(range(rank), 2)]
 SIZES = (2, 3, 5, 4, 1, 2)
@@ -307,3 +307,17 @@ def test_the_nearest_opinion_counts():
     gm, symbol = _captured(model, torch.randn(2, 3, 4, 5), 0)
     widths = {node.name: layout(node, batch=symbol).width for node in gm.graph.nodes if node.op == "call_function"}
     assert widths == {"tanh": 3, "linear": 3, "relu": 3, "sigmoid": 3, "permute": 1, "conv2d": 1}
+
+
+@pytest.mark.parametrize(
+    ("base", "view", "pairs"),
+    [
+        (("B", "T", "D"), ("B", "T", "H", "E"), {0: 0, 1: 1, 2: 3}),  # heads are split off
+        (("B", "T", "H", "E"), ("B", "T", "D"), {0: 0, 1: 1, 3: 2}),
+        (("B", "T", "D"), ("B T", "D"), {2: 1, 1: 0}),  # positions join the samples
+        (("B", "T", "D"), ("B", "T", "D"), {0: 0, 1: 1, 2: 2}),
+        (("2", "2"), ("2", "2", "1"), {0: 0, 1: 1}),
+    ],
+)
+def test_dims_of_a_view_are_found_from_both_ends(base, view, pairs):
+    assert _matching(base, view) == pairs
