@@ -196,7 +196,8 @@ def _in_windows(
         if low + 1 < high:
             lanes = minimum_cut(live, nodes, users=users, window=(low, high), price=price, free=free)
         before = found[-1] if found else nodes[:first]
-        if lanes is None or set(lanes) <= set(before):  # there is no cut, or the region would be empty
+        # there is no cut, the region would be empty, or no gradient comes back through it
+        if lanes is None or set(lanes) <= set(before) or live.detached.issuperset(lanes):
             lanes = _nearest(live, nodes, users, weight, target, range(previous + 1, last), free)
         found.append(lanes)
         held.update(lanes)
@@ -212,7 +213,10 @@ def _nearest(
     among: range,
     free: frozenset[fx.Node],
 ) -> tuple[fx.Node, ...]:
-    """Where one node outweighs the window: the fewest lanes ``among`` places of program order, the nearest of those."""
+    """Where one node outweighs the window: the fewest lanes ``among`` places of program order, the nearest of those.
+
+    A gradient comes back through one of them at least.
+    """
     place = {node: i for i, node in enumerate(nodes)}
     last = [max((place[user] for user in users[node]), default=i) for i, node in enumerate(nodes)]
     spans = [0] * (len(nodes) + 1)
@@ -226,14 +230,15 @@ def _nearest(
                 spans[i] -= len(nodes)
     counts = list(accumulate(spans))
     inside = [i for i in among if 0 < counts[i] < len(nodes)]
-    if not inside:
-        raise NoSeparatorError(
-            "a region between whose operations no set of float tensors carries everything",
-            expected="places to cut",
-            do="ask for fewer regions",
-        )
-    best = min(inside, key=lambda i: (counts[i], abs(weight[i] - target)))
-    return tuple(n for i, n in enumerate(nodes[: best + 1]) if n not in free and last[i] > best)
+    for at in sorted(inside, key=lambda i: (counts[i], abs(weight[i] - target))):
+        lanes = tuple(n for i, n in enumerate(nodes[: at + 1]) if n not in free and last[i] > at)
+        if not live.detached.issuperset(lanes):
+            return lanes
+    raise NoSeparatorError(
+        "a region between whose operations no set of float tensors carries everything",
+        expected="places to cut",
+        do="ask for fewer regions",
+    )
 
 
 def _crossing_at(

@@ -65,7 +65,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...], Callable[[Any], tuple[Any, ...]]]] 
     "copy": (aten.copy.default, (4,), lambda x: (tensor(2, 4), x)),
     "copy over": (aten.copy.default, (2, 4), lambda x: (x, tensor(4))),
     "zeros": (aten.zeros_like.default, (2, 4), lambda x: (x,)),
-    "new": (aten.new_full.default, (2, 4), lambda x: (x, [3], 2.0)),
+    "new": (aten.new_full.default, (2, 4), lambda x: (x, [3], 0.0)),
     "mm": (aten.mm.default, (2, 4), lambda x: (x, tensor(4, 5))),
     "mm from the left": (aten.mm.default, (2, 4), lambda x: (tensor(3, 2), x)),
     "mm over a compact axis": (aten.mm.default, (2, 1), lambda x: (x, tensor(1, 5))),

@@ -39,7 +39,7 @@ def _count_anew() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "dynamic"),
     [
-        ("mlp", {}, True),
+        pytest.param("mlp", {}, True, marks=pytest.mark.slow),
         # fixed at first, dynamic from the second size on
         pytest.param("mlp", {}, None, marks=pytest.mark.slow),
         pytest.param("transformer", {"interface": "token", "cell": "gru"}, None, marks=pytest.mark.slow),

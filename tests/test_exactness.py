@@ -122,12 +122,10 @@ def test_autograd_agrees_with_central_differences(name: str, options: dict[str, 
         assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
-    [
-        ("mlp", {}),
-        pytest.param("transformer", {"interface": "token", "cell": "gru"}, marks=pytest.mark.slow),
-    ],
+    [("mlp", {}), ("transformer", {"interface": "token", "cell": "gru"})],
 )
 def test_bfloat16_autocast_is_as_accurate_as_compiled_autograd(name: str, options: dict[str, str]) -> None:
     model, inputs = in_float64(name)

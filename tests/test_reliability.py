@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -53,10 +54,23 @@ def worst(bounded: BoundedModule, x: Tensor, engine: str = "chain") -> float:
 # -- random models
 
 
+# What stands behind the canvas first is a statistic of it, through which no gradient comes back.
+A_STATISTIC = Case(
+    (Step("buffer", 1, 1), Step("tanh", 1, 1), Step("tanh", 1, 1)), False, False, False, 0, False,
+    {
+        "regions": 4, "r": 2, "interface": "pooled", "cell": "auto", "readout": "auto", "backward": "chain",
+        "batch_regions": False, "jacobian_bytes": 2**28, "allow_leak": False,
+    },
+    (),
+)  # fmt: skip
+
+
 @settings(
-    max_examples=6, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=6, deadline=None, database=None, derandomize=True, phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(cases(engines=("chain",), longest=7))
+@hypothesis.example(A_STATISTIC)
 def test_random_models_and_options(case: Case) -> None:
     assert not (found := judge(case)).defect, found
 

@@ -477,6 +477,7 @@ def test_gradients_come_from_the_scan():
     assert found.error(expected) > 0.1
 
 
+@pytest.mark.slow
 def test_bf16_autocast_is_as_exact_as_compiled_autograd():
     module = pooled_mlp(2, p=0.0)
     compiled, _ = scanned(module)

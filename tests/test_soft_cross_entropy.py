@@ -141,6 +141,7 @@ def test_low_precision_rounds_its_inputs_only():
 
 
 @needs_triton
+@pytest.mark.slow
 def test_triton_form_on_the_interpreter():
     """float32; the interpreter is not to be trusted with bfloat16."""
     done = subprocess.run(

@@ -21,7 +21,11 @@ from tests.zoo.run import TIME_LIMIT, run, surprise
 from tests.zoo.table import table
 
 FAST = [
-    pytest.param(entry, marks=pytest.mark.slow if entry.name in ("mamba2", "llama", "t5") else (), id=entry.name)
+    pytest.param(
+        entry,
+        marks=pytest.mark.slow if entry.name in ("mamba2", "llama", "t5", "cnn-groupnorm", "rnn-unrolled") else (),
+        id=entry.name,
+    )
     for entry in ZOO.values()
     if entry.ci
 ]
