@@ -57,7 +57,7 @@ TESTS: dict[str, list[str]] = {
     "lbi_compile/gate.py": ["test_gate.py", "test_reliability.py"],
     "passes/adjoint_scan.py": ["test_scan_backward.py"],
     "passes/alike.py": ["test_alike.py", "test_batch_regions.py"],
-    "passes/axes.py": ["test_axes.py"],
+    "passes/axes.py": ["test_axes.py", "test_axis_positions.py"],
     "passes/axis_calls.py": ["test_axis_views.py", "test_axis_rules.py", "test_axes.py"],
     "passes/axis_probes.py": ["test_axis_probes.py"],
     "passes/axis_recurrent.py": ["test_axis_views.py", "test_axis_rules.py", "test_axes.py"],

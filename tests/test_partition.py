@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import lbi_compile
 from lbi_compile.analysis import analyse
 from lbi_compile.capture import Capture, as_inputs, capture
 from lbi_compile.errors import NoSeparatorError, RegionsError, TooManyRegionsError
@@ -284,6 +285,12 @@ def captured(name: str) -> tuple[nn.Module, Capture]:
 
 def planned(name: str, regions: int | tuple[str, ...]) -> Plan:
     return analyse(*captured(name), Options(regions, 2, "auto", "auto", "auto", "auto", False, 0)).plan
+
+
+@pytest.mark.parametrize(("first", "canvas"), [([], "input"), ([nn.ReLU()], "aten.relu.default")])
+def test_the_input_is_the_canvas_where_work_follows_it(first: list[nn.Module], canvas: str) -> None:
+    layers = (nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
+    assert lbi_compile.plan(nn.Sequential(*first, *layers), torch.randn(3, 8), regions=2).canvas.op == canvas
 
 
 @pytest.mark.parametrize("name", CASES)
