@@ -24,7 +24,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +157,22 @@ def sample(tree: Path, count: int, *, seed: int) -> list[tuple[str, MutationSpec
     return [(path, choose.choice(every[path][place])) for path, place in places]
 
 
+def survivors(tree: Path, rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, MutationSpec]]:
+    """The mutants that survived, found again by their line and column where lines have moved since."""
+    found = []
+    for row in rows:
+        if row["result"] == "passed":
+            lines = (tree / row["path"]).read_text().splitlines()
+            every = [one for places in mutants(tree / row["path"]).values() for one in places]
+            same = [one for one in every if one.operator_name.endswith(f"/{row['operator']}")]
+            found += [
+                (row["path"], one)
+                for one in same
+                if one.start_pos[1] == row["column"] and lines[one.start_pos[0] - 1].strip() == row["was"]
+            ][:1]
+    return found
+
+
 def copied(root: Path, to: Path) -> None:
     """Copy what git knows of a tree, and what it does not ignore."""
     listed = subprocess.run(
@@ -238,10 +254,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _check(tree, chosen, limit=options.limit, log=log)
         rows = _rows(out)
         part, parts = map(int, options.share.split("/"))
-        for path, mutant in sample(tree, options.mutants, seed=options.seed)[part - 1 :: parts]:
+        drawn = (
+            survivors(tree, rows.values()) if options.survivors else sample(tree, options.mutants, seed=options.seed)
+        )
+        for path, mutant in drawn[part - 1 :: parts]:
             key = (path, *mutant.start_pos, mutant.operator_name, mutant.occurrence)
-            known = key in rows and not (options.survivors and rows[key]["result"] == "passed")
-            if known or path not in chosen:
+            if (key in rows and not options.survivors) or path not in chosen:
                 continue
             rows[key] = _tried(tree, path, mutant, limit=options.limit, log=log)
             with out.open("a") as file:
