@@ -165,11 +165,14 @@ def survivors(tree: Path, rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, 
             lines = (tree / row["path"]).read_text().splitlines()
             every = [one for places in mutants(tree / row["path"]).values() for one in places]
             same = [one for one in every if one.operator_name.endswith(f"/{row['operator']}")]
-            found += [
-                (row["path"], one)
+            here = [
+                one
                 for one in same
                 if one.start_pos[1] == row["column"] and lines[one.start_pos[0] - 1].strip() == row["was"]
-            ][:1]
+            ]
+            # one place may be changed in several ways, which stand one after another
+            here.sort(key=lambda one: abs(one.occurrence - row["occurrence"]))
+            found += [(row["path"], one) for one in here[:1]]
     return found
 
 
