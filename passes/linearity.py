@@ -14,7 +14,6 @@ from torch import Tensor, fx
 
 from lbi_compile._torch import unset_fake_temporarily
 from lbi_compile.errors import EngineError
-from lbi_compile.passes.names import operator_name
 
 aten = torch.ops.aten
 
@@ -109,7 +108,7 @@ def require_no_constant(
     for node in path:
         if node not in live or node.op != "call_function":
             continue
-        for place in _JOINED.get(_name(node), ()):
+        for place in _JOINED.get(_name(node.target), ()):
             if place >= len(node.args):
                 continue
             given = node.args[place]
@@ -122,8 +121,10 @@ def require_no_constant(
                     )
 
 
-def _name(node: fx.Node) -> str:
-    return operator_name(node).rpartition(".")[2]
+def _name(target: Any) -> str:
+    """An operator without namespace and overload; empty for a Python function."""
+    schema = getattr(target, "_schema", None)
+    return "" if schema is None else schema.name.rpartition("::")[2]
 
 
 def _is_zero(root: fx.GraphModule, value: Any) -> bool:
@@ -135,7 +136,7 @@ def _is_zero(root: fx.GraphModule, value: Any) -> bool:
                 return type(found) is Tensor and not bool(found.any())
         if value.op != "call_function":
             return False
-        name = _name(value)
+        name = _name(value.target)
         if name in _ZEROS:
             return True
         if name in _FILLED:
@@ -151,7 +152,7 @@ def _is_zero(root: fx.GraphModule, value: Any) -> bool:
 
 
 def _is_linear(target: Any, args: Sequence[Any], kwargs: dict[str, Any], live: Callable[[Any], bool]) -> bool:
-    name = target._schema.name.split("::")[-1]
+    name = _name(target)
     if name.endswith(("_backward", "_backward_data")):
         return True
     if torch.Tag.nondeterministic_seeded in target.tags:

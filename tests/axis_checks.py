@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,14 @@ def brief(state: AxisState) -> str:
     if state.kind != "at":
         return {"absent": "a", "mixed": "!" if state.certain else "-"}[state.kind]
     return str(state.dim) if state.stride == 1 else f"{state.dim}/{state.stride}"
+
+
+def single_call(call: Callable[[Builder, fx.Node], fx.Node | None]) -> tuple[Builder, fx.Node, list[str]]:
+    """One call on a source ``[2, 3, 4]``: the graph, its last node, and where that holds each axis of the source."""
+    build = Builder((2, 3, 4))
+    node = call(build, build.source)
+    assert node is not None, "the call does not run"
+    return build, node, [brief(trace(build, axis)[node]) for axis in range(3)]
 
 
 def check(gm: fx.GraphModule, build: Builder) -> None:

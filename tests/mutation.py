@@ -1,7 +1,8 @@
 """Mutation testing: ``python -m tests.mutation --mutants 84 --seed 0 --out FILE`` (one JSON line a mutant, resumable).
 
 The mutants are Cosmic Ray's (``pip install -e '.[mutation]'``), drawn evenly from the places that it can change; the
-list is shortened to code that decides something: no annotations, decorators, messages, or bodies of Triton kernels.
+list is shortened to code that decides something: no annotations, arguments of decorators, messages, or bodies of
+Triton kernels.
 
 A copy of the tree in a temporary folder is changed, never the tree itself. Each mutant runs the fast tests of its
 module (``TESTS``) in a process of its own, forked from one that has imported torch, until the first that fails. A run

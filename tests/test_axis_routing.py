@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from tests.axis_checks import brief, check, module, trace
+from tests.axis_checks import brief, check, module, single_call, trace
 from tests.layer_graphs import grow_layers
 from tests.random_graphs import Builder
 
@@ -202,10 +202,7 @@ CALLS: dict[str, tuple[str, Callable[[Builder, fx.Node], fx.Node | None]]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_rules_of_single_calls(name: str):
     expected, call = CALLS[name]
-    build = Builder((2, 3, 4))
-    node = call(build, build.source)
-    assert node is not None, "the call does not run"
-    found = [brief(trace(build, axis)[node]) for axis in range(3)]
+    build, node, found = single_call(call)
     gm = module(build, node)
     assert found == expected.split()
     if isinstance(build.values[node], Tensor) and build.values[node].is_floating_point():

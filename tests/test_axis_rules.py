@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from lbi_compile.passes.axis_calls import AxisState
-from tests.axis_checks import PROPERTY, brief, check, module, trace
+from tests.axis_checks import PROPERTY, check, module, single_call, trace
 from tests.random_graphs import Builder, grow
 
 aten = torch.ops.aten
@@ -247,10 +247,7 @@ CALLS: dict[str, tuple[str, Callable[[Builder, fx.Node], fx.Node | None]]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_rules_of_single_calls(name: str):
     expected, call = CALLS[name]
-    build = Builder((2, 3, 4))
-    node = call(build, build.source)
-    assert node is not None, "the call does not run"
-    found = [brief(trace(build, axis)[node]) for axis in range(3)]
+    build, node, found = single_call(call)
     assert [state.replace("!", "-") for state in found][: len(expected.split())] == expected.split()
     gm = module(build, node)
     if isinstance(build.values[node], Tensor):

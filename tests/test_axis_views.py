@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from lbi_compile.passes.axis_calls import AxisState, Call, MixedError, agree, contract, parameters
-from tests.axis_checks import brief, check, module, trace
+from tests.axis_checks import check, module, single_call
 from tests.random_graphs import Builder
 
 aten = torch.ops.aten
@@ -134,11 +134,8 @@ CALLS: dict[str, tuple[str, Make]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_rules_of_single_calls(name: str):
     expected, call = CALLS[name]
-    build = Builder((2, 3, 4))
-    node = call(build, build.source)
-    assert node is not None, "the call does not run"
-    states = [trace(build, axis)[node] for axis in range(3)]
-    assert [brief(state).replace("!", "-") for state in states] == expected.split()
+    build, node, found = single_call(call)
+    assert [state.replace("!", "-") for state in found] == expected.split()
     gm = module(build, node)
     if isinstance(build.values[node], Tensor) and not build.values[node].is_complex():
         check(gm, build)

@@ -98,11 +98,8 @@ def limit(ends: Sequence[tuple[str, str]], mbit: float | None) -> None:
     """
     for namespace, device in ends:
         tc = ("ip", "netns", "exec", namespace, "tc", "qdisc")
-        if mbit is None:  # fails where there is no limit to take away
-            subprocess.run([*tc, "del", "dev", device, "root"], capture_output=True, check=False)
-        else:
-            bucket = ("tbf", "rate", f"{mbit}mbit", "burst", _BURST, "latency", _QUEUE)
-            _run(*tc, "replace", "dev", device, "root", *bucket)
+        bucket = ("noqueue",) if mbit is None else ("tbf", "rate", f"{mbit}mbit", "burst", _BURST, "latency", _QUEUE)
+        _run(*tc, "replace", "dev", device, "root", *bucket)
 
 
 def _up(name: str, i: int, device: str) -> Place:
