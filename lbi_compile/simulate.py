@@ -24,10 +24,13 @@ class Link(NamedTuple):
     Attributes:
         bandwidth: Bytes per second.
         latency: Seconds from the end of sending to arrival.
+        crossing: Seconds of two messages between the same two devices, one each way at once, over those of one of them.
+            1 where both directions are free; 2 where a transport sends one after the other, as Gloo was measured to do.
     """
 
     bandwidth: float
     latency: float
+    crossing: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +121,25 @@ class Graph:
         """
         return self._add(device, seconds, 0.0, priority, after)
 
-    def send(self, source: int, target: int, size: float, *, after: Iterable[int] = ()) -> int:
-        """A message of ``size`` bytes; between a device and itself it takes no time. Gives the task's number."""
+    def send(self, source: int, target: int, size: float, *, after: Iterable[int] = (), crosses: bool = False) -> int:
+        """Send ``size`` bytes; between a device and itself that takes no time.
+
+        Args:
+            source: The sender.
+            target: The receiver.
+            size: Bytes.
+            after: Tasks the message waits for.
+            crosses: The receiver is sending as much to the sender meanwhile.
+
+        Returns:
+            The task's number.
+        """
         if source == target:
             return self.join(after)
         self.sent[source] += size
         place = self.devices + source
-        return self._add(place, size / self.link.bandwidth, self.link.latency, 0, after)
+        seconds = size / self.link.bandwidth * (self.link.crossing if crosses else 1.0)
+        return self._add(place, seconds, self.link.latency, 0, after)
 
     def join(self, after: Iterable[int]) -> int:
         """A task that ends when the last of ``after`` has ended."""
@@ -135,6 +150,7 @@ class Graph:
 
         In `ceil(log2 n)` rounds device p sends what it has gathered, up to what is missing, to p - 1, p - 2, p - 4, ...
         (Bruck et al., "Efficient algorithms for all-to-all communications in multiport message-passing systems", 1997).
+        Two devices have but each other, and their messages cross.
 
         Args:
             size: Bytes of the whole.
@@ -143,10 +159,13 @@ class Graph:
         Returns:
             For each device the task after which it has the whole.
         """
+        return self._gather(size, after, crosses=self.devices == 2)
+
+    def _gather(self, size: float, after: Sequence[int], *, crosses: bool) -> list[int]:
         n, have, held = self.devices, [[task] for task in after], 1
         while held < n:
             part = min(held, n - held) * size / n
-            sent = [self.send(p, (p - held) % n, part, after=have[p]) for p in range(n)]
+            sent = [self.send(p, (p - held) % n, part, after=have[p], crosses=crosses) for p in range(n)]
             for p in range(n):
                 have[p].append(sent[(p + held) % n])
             held += min(held, n - held)
@@ -166,8 +185,11 @@ class Graph:
         return [self.join(tasks) for tasks in have]
 
     def all_reduce(self, size: float, after: Sequence[int]) -> list[int]:
-        """Sum ``size`` bytes over all devices: reduced and scattered, then gathered."""
-        return self.all_gather(size, self.reduce_scatter(size, after))
+        """Sum ``size`` bytes over all devices: reduced and scattered, then gathered.
+
+        In parts so small that none stands in the way of another: Gloo's reaches its link's speed in both directions.
+        """
+        return self._gather(size, self.reduce_scatter(size, after), crosses=False)
 
     def broadcast(self, size: float, after: Sequence[int], source: int) -> list[int]:
         """Give every device ``size`` bytes of ``source``: whoever has them sends on, over ever shorter distances."""

@@ -64,6 +64,24 @@ def test_pipelines(n, M):
     assert -0.2 < off("1f1b", work(n, M=M, w_s=0.0, o_s=0.0), HOME) < 0.02
 
 
+@pytest.mark.parametrize("name", ["token", "scan", "chain", "sid", "hbll", "gpipe", "1f1b", "data"])
+def test_messages_that_cross_take_turns(name):
+    """Two devices whose transport sends one way at a time; a third has a link of its own to each."""
+    once, turns = Link(1.25e5, 1e-3), Link(1.25e5, 1e-3, crossing=2.0)
+    for n, M in ((2, 4), (3, 1)):
+        numbers = work(n, K=2 * n, M=M, w_s=0.0, o_s=0.0, w_h=0.0)
+        # a queue of messages is bounded from below, as above
+        assert -0.1 < off(name, numbers, turns) < 0.01
+        assert name == "1f1b" or off(name, numbers, turns) > -EXACT
+        slower = FORMS[name](numbers, turns).seconds - FORMS[name](numbers, once).seconds
+        each = numbers.B * numbers.T * numbers.r * 4 / 1.25e5  # seconds of what one region says
+        pooled = numbers.B * (numbers.r**2 + numbers.r) * 4 / 1.25e5
+        message = numbers.B * numbers.T * numbers.D * 4 / M / 1.25e5
+        # of four parts of a gather, each device sends two; of four micro-batches' messages each way, three cross
+        more = {"token": 2 * 2 * each, "scan": pooled, "hbll": 3 * 2 * each, "1f1b": 3 * message}
+        assert slower == pytest.approx(more.get(name, 0.0) if n == 2 else 0.0, rel=1e-6, abs=1e-12)
+
+
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_zero_bubble(n):
     bare = {"o": 0.0, "w_s": 0.0, "o_s": 0.0, "w_h": 0.0}

@@ -11,7 +11,7 @@ import torch
 
 import lbi_compile
 from lbi_compile import OptionError, cli
-from lbi_compile.cost import advice, links, measure, transformer
+from lbi_compile.cost import FORMS, advice, links, measure, transformer
 from lbi_compile.demo_model import CausalTransformer
 from lbi_compile.simulate import Link
 
@@ -175,10 +175,27 @@ def test_measure_leaves_gradients_alone_and_fits_a_line():
     assert work.g == pytest.approx(2.0)
 
 
-def _timing(samples: int, seconds: float) -> measure.Measured:
+def test_a_step_of_the_bounded_model_is_what_was_measured():
+    """Interfaces' FLOPs are in the measured step already, and forms add them: they count once."""
+    model = CausalTransformer(vocabulary=13, width=16, depth=4, heads=2, length=16)
+    x = torch.randint(13, (4, 8))
+    for interface, form in (("token", "token"), ("chunked", "chain")):
+        bounded = lbi_compile.transform(model, x, regions=2, r=4, interface=interface)
+        bounded(x)
+        timings = [_timing(b, 4 * (1e-3 + 2e-3 * b), whole=1.5) for b in (2, 4)]
+        found = measure.sizes(bounded, bounded.programs[-1], [x])
+        work = measure.workload(bounded.plan, found, devices=1, parameters=1, timings=timings, o_c=0.0)
+        assert work.o_i > 0
+        step = FORMS[form](work, links.link("nvlink"))
+        cells = 3 * 2 * work.r**2 * work.B * work.T / work.s if interface == "token" else 0.0
+        assert step.seconds == pytest.approx(1.5 * 3 * 4 * (1e-3 + 8e-3) + cells, rel=1e-6)
+
+
+def _timing(samples: int, seconds: float, whole: float = 1.0) -> measure.Measured:
     nothing = measure.Timing(1e-9, 2e-9, 1)
     half = measure.Timing(seconds / 2, seconds, 100)
-    return measure.Measured(samples, nothing, (half, half), nothing, measure.Timing(seconds, 2 * seconds, 100))
+    bounded = measure.Timing(whole * seconds, whole * 2 * seconds, 100)
+    return measure.Measured(samples, nothing, (half, half), nothing, bounded)
 
 
 def test_models_without_counts_are_refused():

@@ -140,7 +140,8 @@ class Arena:
         """DistributedDataParallel; ``None`` where there are fewer samples than ranks."""
         if self.samples % self.world:
             return None
-        copied = DistributedDataParallel(copy.deepcopy(self.dense))
+        # the one buffer never changes, and would be sent again in every forward
+        copied = DistributedDataParallel(copy.deepcopy(self.dense), broadcast_buffers=False)
         counted: list[float] = []
 
         def hook(group, bucket):  # DDP compares annotations with classes, and ours are strings

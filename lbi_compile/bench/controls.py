@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lbi_compile.distributed.ranks import Ranks
@@ -108,24 +109,45 @@ def link(idle: Link, seconds: Mapping[str, Sequence[float]], n: int) -> Link:
 
 
 def idle_link(ranks: Ranks, everywhere: Any) -> Link:
-    """Latency and bandwidth by which an all-reduce of ranks that do nothing else takes what its closed form says.
+    """The link of ranks that do nothing else.
+
+    Latency and bandwidth are those by which an all-reduce takes what its closed form says, and messages that cross are
+    those of pairs of neighbours.
 
     Args:
         ranks: The ranks.
         everywhere: Gives a number of every rank to all.
     """
-    took = {}
-    for size in (SMALL, LARGE):
+
+    def least(exchange: Callable[[Tensor], Any], size: int) -> float:
         value, times = torch.zeros(size // 4), []
         for _ in range(_TIMES + 1):
             ranks.barrier()
             start = time.perf_counter()
-            ranks.all_reduce(value, "control")
+            exchange(value)
             times.append(time.perf_counter() - start)
-        # the least: whatever else the machine does only adds to it
-        took[size] = max(everywhere(min(times[1:])))
-    moved = max(took[LARGE] - took[SMALL], 1e-9)
-    return Link(2 * (ranks.size - 1) / ranks.size * (LARGE - SMALL) / moved, took[SMALL] / _rounds(ranks.size))
+        # whatever else the machine does only adds to it
+        return max(everywhere(min(times[1:])))
+
+    def reduce(value: Tensor) -> None:
+        ranks.all_reduce(value, "control")
+
+    small, large = least(reduce, SMALL), least(reduce, LARGE)
+    bandwidth = 2 * (ranks.size - 1) / ranks.size * (LARGE - SMALL) / max(large - small, 1e-9)
+    cross = partial(_cross, ranks)
+    crossing = (least(cross, LARGE) - least(cross, SMALL)) * bandwidth / (LARGE - SMALL)
+    return Link(bandwidth, small / _rounds(ranks.size), min(max(crossing, 1.0), 2.0))
+
+
+def _cross(ranks: Ranks, value: Tensor) -> None:
+    """Send to a neighbour what it sends too, as pipelines do; of an odd number of ranks the last has none."""
+    other = ranks.rank ^ 1
+    if other < ranks.size:
+        back = torch.empty_like(value)
+        sent = dist.P2POp(dist.isend, value, group=ranks.group, group_peer=other)
+        received = dist.P2POp(dist.irecv, back, group=ranks.group, group_peer=other)
+        for work in dist.batch_isend_irecv([sent, received]):
+            work.wait()
 
 
 def _rounds(n: int) -> int:

@@ -78,7 +78,10 @@ class RecordView:
             link = meeting.link
             samples = f"{meeting.samples} sample{'s'[: meeting.samples > 1]}"
             yield Text(f"\n{samples}{_limit(meeting)}", style="bold")
-            measured = f"link {size(link.bandwidth)}/s, {seconds(link.latency)} a message; while all ranks compute"
+            measured = f"link {size(link.bandwidth)}/s, {seconds(link.latency)} a message"
+            if link.crossing > 1:
+                measured += f" ({times(link.crossing)} times as long where two cross)"
+            measured += "; while all ranks compute"
             yield Text(f"  measured: {measured}, each takes {times(meeting.crowding)} times as long", style="dim")
             yield _table(meeting)
             yield from _beside_pipelines(meeting)

@@ -44,11 +44,13 @@ from .symbols import (
     p_h,
     p_s,
     p_v,
+    pooled_flops,
     r,
     rho,
     rounds,
     s,
     tau,
+    token_flops,
     u,
     w_h,
     x,
@@ -57,8 +59,7 @@ from .symbols import (
 
 _q = sympy.ceiling(K / n)
 _last = K - _q * (n - 1)  # regions on the last device
-_POOLED_FLOPS = 16 * r * (r + D)  # of a sample: an encoder D -> 4 r -> r and a decoder r -> 4 r -> D
-_TOKEN_FLOPS = 4 * T * D * r  # an encoder D -> r and a decoder r -> D at every position
+_POOLED_FLOPS, _TOKEN_FLOPS = pooled_flops(r, D), token_flops(r, D, T)
 
 
 def _regions(work: Workload) -> str | None:

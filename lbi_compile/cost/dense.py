@@ -11,7 +11,7 @@ from sympy import Max
 
 from . import form as f
 from .form import DENSE, Form
-from .symbols import B, L, M, Workload, a, a_h, beta, e, g, n, p, p_h, p_s, u, x, z
+from .symbols import B, L, M, Workload, a, a_h, beta, e, g, kappa, n, p, p_h, p_s, u, x, z
 
 # Bytes of a bucket of gradients that DistributedDataParallel reduces at once.
 BUCKET = 25 * 2**20
@@ -132,13 +132,14 @@ def _alternating(saved: sympy.Expr = _ZERO, off_path: sympy.Expr = _ZERO) -> sym
     waited for anew by every n micro-batches; within the last such round, of t = M - n (ceil(M / n) - 1), all but two
     wait for a message there and one back more. So many messages lie on the longest path of the graph of tasks; the
     count equals the simulation's for every n and M tried. Where a link is slower than a stage it sets the pace
-    instead, M messages one after another in each direction: a lower bound.
+    instead, M messages one after another in each direction, of which all but the first and the last cross one that
+    comes back: a lower bound.
     """
     turns = sympy.ceiling(M / n)
     last = M - n * (turns - 1)
     messages = 2 * (n - 1) * turns + 2 * Max(0, last - 2)
     compute = (1 + g) * (_all + (M - 1) * (_stage + _ends)) + messages * f.hop(_message) - saved
-    link = (1 + g) * _all + 2 * (n - 1) * f.hop(_message) + (M - 1) * _message / beta - off_path
+    link = (1 + g) * _all + 2 * (n - 1) * f.hop(_message) + (M - 1) * kappa * _message / beta - off_path
     return Max(compute, link)
 
 

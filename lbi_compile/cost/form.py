@@ -25,6 +25,7 @@ from .symbols import (
     beta,
     bits,
     e,
+    kappa,
     n,
     o,
     o_h,
@@ -146,14 +147,22 @@ def gather(size: Expr) -> Expr:
     """Seconds until all devices have ``size`` bytes of which each had an n-th.
 
     `ceil(log2 n)` rounds, in which every device sends `(n - 1) / n` of the whole together: Bruck et al., 1997, and
-    Thakur et al., "Optimization of collective communication operations in MPICH", 2005, section 4.1.
+    Thakur et al., "Optimization of collective communication operations in MPICH", 2005, section 4.1. Two devices have
+    but each other, and their messages cross.
     """
-    return rounds(n) * alpha + (n - 1) / n * size / beta
+    return _exchange(size) * sympy.Piecewise((kappa, sympy.Eq(n, 2)), (1, True)) + rounds(n) * alpha
 
 
 def reduce(size: Expr) -> Expr:
-    """Seconds of an all-reduce of ``size`` bytes: a reduce-scatter and an all-gather (Rabenseifner, 2004)."""
-    return 2 * gather(size)
+    """Seconds of an all-reduce of ``size`` bytes: a reduce-scatter and an all-gather (Rabenseifner, 2004).
+
+    In parts so small that none stands in the way of another: Gloo's reaches its link's speed in both directions.
+    """
+    return 2 * (rounds(n) * alpha + _exchange(size))
+
+
+def _exchange(size: Expr) -> Expr:
+    return (n - 1) / n * size / beta
 
 
 def gather_sent(size: Expr) -> Expr:

@@ -17,7 +17,7 @@ from lbi_compile.auto import CELL_OPS, RATES
 from lbi_compile.credit.base import MANY_CLASSES
 from lbi_compile.plan import Plan
 
-from .symbols import Workload, bits
+from .symbols import Workload, bits, pooled_flops, token_flops
 
 if TYPE_CHECKING:
     from lbi_compile.bounded import BoundedModule
@@ -322,10 +322,17 @@ def _fitted(plan: Plan, found: dict[str, float], timings: Sequence[Measured]) ->
         between = last.between.forward + last.between.backward
         flops = 2 * found["gamma"] * found["r"] ** 2 * last.samples * found["T"]
         made["o_c"] = max(0.0, between / (1 + g) / (K - 1) - flops / s)
-    # what the bounded model takes beside the dense one and the cells, over its regions
-    extra = max(0.0, last.whole.forward + last.whole.backward - last.dense - between) / (1 + g)
-    made["o_i"] = extra / K
+    # what the bounded model takes beside the dense one and the cells, over its regions; forms add the FLOPs themselves
+    extra = (last.whole.forward + last.whole.backward - last.dense - between) / (1 + g)
+    made["o_i"] = max(0.0, extra / K - _interface_flops(plan, found) * last.samples / s)
     return made
+
+
+def _interface_flops(plan: Plan, found: dict[str, float]) -> float:
+    """FLOPs of a region's interface for a sample, as the closed form of its schedule has them."""
+    if plan.interface == "token":
+        return token_flops(found["r"], found["D"], found["T"])
+    return pooled_flops(found["r"], found["D"]) if plan.interface in ("pooled", "chunked") else 0.0
 
 
 def _line(samples: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:

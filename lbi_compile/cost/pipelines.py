@@ -62,7 +62,7 @@ def data(work: Workload, link: Link) -> Graph:
 def gpipe(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Graph:
     """All forwards, then all backwards."""
     order = [("F", j) for j in range(work.M)] + [("G", j) for j in range(work.M)]
-    return _pipeline(Stages(work, link, shares), lambda stage: order)
+    return _pipeline(Stages(work, link, shares), lambda stage: order, alternates=False)
 
 
 def one_f_one_b(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Graph:
@@ -123,12 +123,13 @@ def _ideal_order(stages: Stages) -> tuple[Graph, dict[int, tuple[str, int, int]]
     return graph, {task: job for job, task in made.items()}
 
 
-def _pipeline(stages: Stages, order: Callable[[int], Sequence[tuple[str, int]]]) -> Graph:
+def _pipeline(stages: Stages, order: Callable[[int], Sequence[tuple[str, int]]], *, alternates: bool = True) -> Graph:
     """Stages that work off a fixed list each; a task is added once all it waits for has been.
 
     Args:
         stages: The stages.
         order: For each stage pairs of kind (F forward; G backward; B and W its two parts) and micro-batch.
+        alternates: Forwards and backwards alternate, so that messages cross: all but the first and the last.
     """
     graph, n = stages.graph, stages.n
     lists = [list(order(stage)) for stage in range(n)]
@@ -151,6 +152,7 @@ def _pipeline(stages: Stages, order: Callable[[int], Sequence[tuple[str, int]]])
             before[stage], at[stage] = (task,), at[stage] + 1
             other = stage + (1 if onward else -1)
             if kind != "W" and 0 <= other < n:
-                arrived[onward, other, j] = graph.send(stage, other, stages.size, after=[task])
+                crosses = alternates and j != (0 if onward else stages.M - 1)
+                arrived[onward, other, j] = graph.send(stage, other, stages.size, after=[task], crosses=crosses)
                 turn.append(other)
     return graph

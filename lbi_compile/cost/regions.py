@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lbi_compile.errors import OptionError
 from lbi_compile.simulate import Graph, Link
 
-from .symbols import Workload, bits
+from .symbols import Workload, bits, pooled_flops, token_flops
 
 
 class Regions:
@@ -112,14 +112,9 @@ class Regions:
         return self.graph
 
 
-def _pooled(work: Workload) -> float:
-    """FLOPs of a pooled interface for a sample."""
-    return 16 * work.r * (work.r + work.D)
-
-
 def chain(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Graph:
     """Latents forward, adjoints back, device after device."""
-    regions = Regions(work, link, shares, interface=_pooled(work))
+    regions = Regions(work, link, shares, interface=pooled_flops(work.r, work.D))
     size = work.B * work.r * work.e
     made = regions.cascade(regions.everywhere(work.stem(work.B)), size)
     read = regions.readout([tasks[-1] for tasks in made])
@@ -129,7 +124,7 @@ def chain(work: Workload, link: Link, shares: Sequence[float] | None = None) -> 
 
 def scan(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Graph:
     """Latents forward; Jacobians while others still wait; then everything at once."""
-    regions = Regions(work, link, shares, interface=_pooled(work))
+    regions = Regions(work, link, shares, interface=pooled_flops(work.r, work.D))
     graph, n, g, x = regions.graph, work.n, work.g, work.x
     made = regions.cascade(regions.everywhere(work.stem(work.B)), work.B * work.r * work.e)
     ready = [tasks[-1] for tasks in made]
@@ -150,7 +145,7 @@ def scan(work: Workload, link: Link, shares: Sequence[float] | None = None) -> G
 
 def token(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Graph:
     """All regions at once, forward and backward."""
-    regions = Regions(work, link, shares, interface=4 * work.T * work.D * work.r)
+    regions = Regions(work, link, shares, interface=token_flops(work.r, work.D, work.T))
     graph, g, positions = regions.graph, work.g, work.B * work.T
     size = regions.slots * positions * work.r * work.e
     cells = (work.K - 1) * (work.o_c + 2 * work.gamma * work.r**2 * positions / work.s)
@@ -175,7 +170,7 @@ def sid(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Gr
 
 def hbll(work: Workload, link: Link, shares: Sequence[float] | None = None) -> Graph:
     """Sweeps of all regions at once, then all learn."""
-    regions = Regions(work, link, shares, interface=_pooled(work))
+    regions = Regions(work, link, shares, interface=pooled_flops(work.r, work.D))
     graph, n, g = regions.graph, work.n, work.g
     size = regions.slots * work.B * work.tau * work.r * work.e
     levels = 2 * bits(work.K) + 2

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 from sympy import Expr, Symbol
@@ -24,7 +25,7 @@ def _count(name: str) -> Symbol:
 
 K, r, B, T, D, L = map(_count, ["K", "r", "B", "T", "D", "L"])
 n, M = _count("n"), _count("M")
-s, beta, alpha = _positive("s"), _positive("beta"), _positive("alpha")
+s, beta, alpha, kappa = _positive("s"), _positive("beta"), _positive("alpha"), _positive("kappa")
 w, w_s, w_h = _positive("w"), _positive("w_s"), _positive("w_h")
 o, o_s, o_h, o_i, o_c = map(_positive, ("o", "o_s", "o_h", "o_i", "o_c"))
 g, x, u = _positive("g"), _positive("x"), _positive("u")
@@ -45,6 +46,7 @@ MEANING: Mapping[Symbol, str] = {
     s: "FLOP/s of a device",
     beta: "bytes/s of a link, in each direction",
     alpha: "seconds a message is under way beside its bytes",
+    kappa: "time of two messages between the same two devices that cross, over that of one: 1 where both ways are free",
     w: "FLOPs of a layer's forward for a sample",
     w_s: "FLOPs of the stem's forward for a sample",
     w_h: "FLOPs of the head's forward for a sample, with the loss",
@@ -161,7 +163,7 @@ class Workload:
 
     def numbers(self, link: Link) -> dict[str, float]:
         """All letters by name."""
-        return {**dataclasses.asdict(self), "beta": link.bandwidth, "alpha": link.latency}
+        return {**dataclasses.asdict(self), "beta": link.bandwidth, "alpha": link.latency, "kappa": link.crossing}
 
 
 _WHOLE = frozenset(("K", "r", "B", "T", "D", "L", "n", "M", "e", "C", "tau"))
@@ -181,6 +183,21 @@ TRANSFORMER_PARAMETERS: Expr = 12 * D**2 + 13 * D
 # Numbers it keeps for its backward for a sample, with fused attention (no T x T matrix): Korthikanti et al., "Reducing
 # activation recomputation in large transformer models", 2022, section 4, give 34 bytes of 16-bit numbers for T D.
 TRANSFORMER_KEPT: Expr = 17 * T * D
+
+
+def pooled_flops(r: Any, D: Any) -> Any:
+    """FLOPs of a pooled interface's forward at a boundary: an encoder D -> 4 r -> r and a decoder r -> 4 r -> D.
+
+    Example:
+        >>> pooled_flops(16, 64)
+        20480
+    """
+    return 16 * r * (r + D)
+
+
+def token_flops(r: Any, D: Any, T: Any) -> Any:
+    """FLOPs of a token interface's forward at a boundary: an encoder D -> r and a decoder r -> D at every position."""
+    return 4 * T * D * r
 
 
 def transformer(
