@@ -18,9 +18,9 @@ class Residual(nn.Module):
         return x + self.net(x)
 
 
-# 1. a model of your own: twelve residual blocks, cut into four regions
+# 1. a model of your own: eight residual blocks, cut into four regions
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(20, 32), *(Residual(32) for _ in range(12)), nn.Linear(32, 3))
+model = nn.Sequential(nn.Linear(20, 32), *(Residual(32) for _ in range(8)), nn.Linear(32, 3))
 x = torch.randn(64, 20)
 y = x[:, :3].argmax(1)
 
@@ -36,9 +36,9 @@ for step in range(30):
 print(f"engine: {bounded.engine}\n")
 
 # 2. a transformers model: where would it be cut, and are the gradients of the bounded model right?
-config = GPT2Config(n_layer=4, n_embd=32, n_head=4, n_positions=64, vocab_size=256, bos_token_id=0, eos_token_id=0)
+config = GPT2Config(n_layer=3, n_embd=32, n_head=4, n_positions=64, vocab_size=256, bos_token_id=0, eos_token_id=0)
 gpt2 = GPT2LMHeadModel(config)
 tokens = {"input_ids": torch.randint(256, (2, 64))}
 
-print(lbi_compile.plan(gpt2, tokens, regions=4, r=8), "\n")
-print(lbi_compile.verify(lbi_compile.transform(gpt2, tokens, regions=4, r=8, backward="scan"), tokens))
+print(lbi_compile.plan(gpt2, tokens, regions=3, r=8), "\n")
+print(lbi_compile.verify(lbi_compile.transform(gpt2, tokens, regions=3, r=8, backward="scan"), tokens))

@@ -45,7 +45,8 @@ def test_scan_cells_cover_the_grid():
     assert row.moved == 8 * (2 * 1 * 2 * 2 + 2 * 1 * 2 + 4 * 1 * 2)  # J, b, last and all adjoints
 
 
-@pytest.mark.parametrize("name", [cases.MLP, pytest.param(cases.TRANSFORMER, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [cases.MLP, cases.TRANSFORMER])
 def test_every_eager_variant_of_a_step_is_right(name: str):
     cell = step.cell(case(name), terms=TERMS, only=("eager", "dense", "by hand", "chain"))
     assert cell.ok

@@ -28,7 +28,7 @@ def printed(example: str) -> str:
 def test_quickstart():
     text = printed("quickstart.py")
     assert "engine: scan" in text
-    assert "GPT2LMHeadModel: 4 regions" in text
+    assert "GPT2LMHeadModel: 3 regions" in text
     assert "verify: ok" in text
 
 

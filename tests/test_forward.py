@@ -54,7 +54,7 @@ def compare(bounded: BoundedModule, inputs: Inputs, engine: str) -> float:
         ("mlp", {}),
         ("vit", {"readout": "sum"}),
         ("transformer", {"interface": "chunked", "readout": "last"}),
-        ("gpt2", {"interface": "chunked"}),
+        pytest.param("gpt2", {"interface": "chunked"}, marks=pytest.mark.slow),
     ],
 )
 def test_gradients_are_those_of_the_sequential_forward(name: str, options: dict[str, Any], method: str) -> None:

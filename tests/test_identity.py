@@ -31,7 +31,7 @@ def test_output_is_bit_equal_to_the_model(name: str, options: dict[str, object],
 
 def test_identity_scan_equals_the_original_models_gradients() -> None:
     torch.manual_seed(0)
-    model = ResidualMLP(10, width=32, depth=8, classes=5, dropout=0.1).double()
+    model = ResidualMLP(10, width=32, depth=4, classes=5, dropout=0.1).double()
     original, x = copy.deepcopy(model), torch.randn(3, 10, dtype=torch.float64)
     bounded = lbi_compile.transform(model, x, regions=4, interface="identity")
     got = gradients(bounded, x, "scan")

@@ -125,7 +125,7 @@ def test_autocast_keeps_latents_in_one_dtype(canvas_dtype: torch.dtype):
 def bounded_of(
     name: str = "transformer", *, regions: int = 3, **options: str
 ) -> tuple[nn.Module, Tensor, BoundedModule]:
-    model, x = in_float64(name, depth=4)
+    model, x = in_float64(name, depth=3)
     assert isinstance(x, Tensor)
     return model, x, lbi_compile.transform(model, x, regions=regions, r=8, interface=KIND, **options)
 

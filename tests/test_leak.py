@@ -10,7 +10,11 @@ from lbi_compile.errors import FutureLeakError
 from tests.models import CausalTransformer
 
 LENGTH = 32
-OPTIONS = [{"interface": "chunked"}, {"interface": "token", "cell": "gru"}, {"interface": "token", "cell": "linear"}]
+OPTIONS = [
+    {"interface": "chunked"},
+    {"interface": "token", "cell": "gru"},
+    pytest.param({"interface": "token", "cell": "linear"}, marks=pytest.mark.slow),
+]
 
 
 def make(dropout: float = 0.1, **options: str) -> tuple[lbi_compile.BoundedModule, torch.Tensor]:

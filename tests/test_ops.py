@@ -308,8 +308,10 @@ def test_marker_without_grad():
 WITHOUT_TRITON = """
 import sys, warnings
 {break_triton}
+sys.modules["transformers"] = None
 warnings.simplefilter("error")
 import torch
+import lbi_compile
 from lbi_compile.kernels import ops, reference
 assert "lbi_compile.kernels.suffix_scan" not in sys.modules
 J, last, b = (torch.randn(*size, dtype=torch.float64) for size in ((3, 2, 4, 4), (2, 4), (3, 2, 4)))

@@ -33,21 +33,13 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_import_is_quiet_and_leaves_bare_names_alone(tmp_path):
-    code = "import lbi_compile, sys; print(sorted({'passes', 'kernels'} & set(sys.modules)))"
-    assert python(code, "-W", "error", cwd=tmp_path) == "[]\n"
-
-
-def test_import_and_scan_work_without_triton_and_transformers(tmp_path):
+def test_import_is_quiet_leaves_bare_names_alone_and_loads_packages_with_their_first_use(tmp_path):
     code = """
-import sys
-sys.modules["triton"] = sys.modules["transformers"] = None
-import torch, lbi_compile
-from lbi_compile.kernels import ops
-lam = torch.ops.lbi.suffix_scan(torch.eye(2).expand(3, 1, 2, 2).contiguous(), torch.tensor([[1.0, 2.0]]), None)
-print(lam.tolist())
+import lbi_compile
+print(sorted({"passes", "kernels", "lbi_compile.distributed"} & set(sys.modules)))
+print(lbi_compile.distributed.start.__name__, hasattr(lbi_compile, "nothing"))
 """
-    assert python(code, cwd=tmp_path) == f"{[[[1.0, 2.0]]] * 4}\n"
+    assert python(code, "-W", "error", cwd=tmp_path) == "[]\nstart False\n"
 
 
 def test_public_names_exist():
@@ -56,14 +48,6 @@ def test_public_names_exist():
     for name in ("transform", "plan", "verify", "Plan", "LBIError"):
         assert hasattr(lbi_compile, name)
         assert name in lbi_compile.__all__
-
-
-def test_packages_come_with_their_first_use(tmp_path):
-    code = """
-import lbi_compile
-print("lbi_compile.distributed" in sys.modules, lbi_compile.distributed.start.__name__, hasattr(lbi_compile, "nothing"))
-"""
-    assert python(code, cwd=tmp_path) == "False start False\n"
 
 
 def test_every_package_is_listed_and_exists():

@@ -26,7 +26,7 @@ def close(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def model() -> tuple[BoundedModule, Inputs]:
     net, inputs = in_float64("mlp", depth=4)
-    return lbi_compile.transform(net, inputs, regions=3, r=4, interface="pooled"), inputs
+    return lbi_compile.transform(net, inputs, regions=3, r=4, interface="pooled", batch_regions=False), inputs
 
 
 def step(bounded: BoundedModule, inputs: Inputs) -> dict[str, Tensor | None]:
