@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -321,7 +322,7 @@ class Stopwatch:
     """Times forward and backward of one step from outside: what lies between them, such as the loss, is left out.
 
     The backward counts from the first gradient of an output to the last gradient of a parameter or input. Its hooks
-    are there until then, or until :meth:`cancel`.
+    are there until then, until the forward's graph is gone, or until :meth:`cancel`.
 
     Args:
         device: Where the step runs.
@@ -351,6 +352,12 @@ class Stopwatch:
             return False
         self._handles.append(register_multi_grad_hook(starts, lambda _: self._times.append(self._mark()), mode="any"))
         self._handles.append(register_multi_grad_hook(ends, lambda _: self._finish(), mode="all"))
+        # a forward that nobody differentiates: hooks left on parameters would slow every other backward through them,
+        # and have autograd copy each gradient
+        if starts[0].grad_fn is not None:
+            alive = _Alive()
+            weakref.finalize(alive, self.cancel).atexit = False
+            starts[0].grad_fn.metadata[_ALIVE] = alive
         return True
 
     def cancel(self) -> None:
@@ -364,6 +371,14 @@ class Stopwatch:
             last = self._mark()
             self.cancel()
             self._done(_between(start, end) + _between(first, last))
+
+
+# A graph's node holds this under this name for as long as it lives.
+_ALIVE = "lbi_compile.auto"
+
+
+class _Alive:
+    """An object that can be referred to weakly."""
 
 
 def _event() -> torch.cuda.Event:

@@ -220,6 +220,18 @@ def test_a_cancelled_stopwatch_says_nothing():
         assert not Stopwatch(CPU, lambda _: None).forward_ended([net(x)], list(net.parameters()))
 
 
+def test_hooks_go_with_the_graph_they_wait_for():
+    net, x = model()
+    watch = Stopwatch(CPU, lambda _: pytest.fail("nothing was differentiated"))
+    loss = net(x)
+    assert watch.forward_ended([loss], list(net.parameters()))
+    loss = loss.sum()
+    assert hooks(net) > 0  # the output is gone, its graph is not
+    del loss
+    assert hooks(net) == 0
+    net(x).sum().backward()
+
+
 def test_keys_tell_apart_what_changes_the_outcome():
     def key(program: str = "p", size: int = 8, dtype: torch.dtype = torch.float32, engines: tuple[str, ...] = ("a",)):
         return auto.key(program=program, leaves=[torch.zeros(size, 3, dtype=dtype), 1], engines=engines, device=CPU)
