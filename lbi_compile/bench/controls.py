@@ -134,16 +134,22 @@ def idle_link(ranks: Ranks, everywhere: Any) -> Link:
     # the least: whatever else the machine does only adds to it
     small, large = (max(everywhere(min(took(reduce, size)))) for size in (SMALL, LARGE))
     bandwidth = 2 * (ranks.size - 1) / ranks.size * (LARGE - SMALL) / max(large - small, 1e-9)
-    # the median: now and then two messages do not get into each other's way
-    one, other = (max(everywhere(statistics.median(took(partial(_cross, ranks), size)))) for size in (SMALL, LARGE))
-    crossing = (other - one) * bandwidth / (LARGE - SMALL)
+    alone = LARGE / bandwidth
+    apart = alone / 10
+    crossing = (max(everywhere(statistics.median(took(partial(_cross, ranks, apart), LARGE)))) - apart) / alone
     return Link(bandwidth, small / _rounds(ranks.size), min(max(crossing, 1.0), 2.0))
 
 
-def _cross(ranks: Ranks, value: Tensor) -> None:
-    """Send to a neighbour what it sends too, as pipelines do; of an odd number of ranks the last has none."""
+def _cross(ranks: Ranks, apart: float, value: Tensor) -> None:
+    """Send to a neighbour what it sends too, as pipelines do; of an odd number of ranks the last has none.
+
+    One of the two begins ``apart`` seconds after the other, as happens in any schedule: Gloo's messages get past each
+    other where both begin at the same moment, and only there.
+    """
     other = ranks.rank ^ 1
     if other < ranks.size:
+        if ranks.rank > other:
+            time.sleep(apart)
         back = torch.empty_like(value)
         sent = dist.P2POp(dist.isend, value, group=ranks.group, group_peer=other)
         received = dist.P2POp(dist.irecv, back, group=ranks.group, group_peer=other)

@@ -165,7 +165,7 @@ def _timings(arena: Arena, bounded: Any, fewest: int) -> dict[str, Any] | None:
         # down to what a micro-batch has, so that what a pass takes whatever its batch is measured and not guessed
         for samples in sorted({fewest, max(2, arena.samples)}):
             x, _ = arena.sizes.batch(samples, arena.seed + 1)
-            found.append(measure.measure(bounded, program, [x]))
+            found.append(measure.measure(bounded, program, [x], rounds=15))
         letters = measure.sizes(bounded, program, [arena.x])
         count = sum(p.numel() for p in arena.dense.parameters())
         work = measure.workload(
