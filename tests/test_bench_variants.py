@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lbi_compile
-from lbi_compile.bench import cases, hand, scan, step
+from lbi_compile.bench import cases, hand, hand_token, scan, step
 from lbi_compile.bench.compare import OK, Terms
 from lbi_compile.errors import EngineError
 from lbi_compile.kernels import reference
@@ -14,6 +14,7 @@ from lbi_compile.verify import relative_errors
 
 CPU = torch.device("cpu")
 TERMS = Terms(rounds=1, device=CPU, dtype=torch.float64)
+HAND = {cases.MLP: hand.HandWrittenMLP, cases.TRANSFORMER: hand_token.HandWrittenTransformer}
 HERE = {"dtype": torch.float64, "device": CPU}
 
 
@@ -50,9 +51,7 @@ def test_scan_cells_cover_the_grid():
 def test_every_eager_variant_of_a_step_is_right(name: str):
     cell = step.cell(case(name), terms=TERMS, only=("eager", "dense", "by hand", "chain"))
     assert cell.ok
-    assert {row.name: row.status for row in cell.rows} == {
-        row: OK for row in ("eager", "dense", *(["by hand"] if name == cases.MLP else []), "chain")
-    }
+    assert {row.name: row.status for row in cell.rows} == {row: OK for row in ("eager", "dense", "by hand", "chain")}
     assert all(row.check is not None and row.check.tensors > 15 for row in cell.rows)
 
 
@@ -85,17 +84,19 @@ def test_the_compiled_baseline_holds_no_marker():
     assert not any("lbi.boundary" in text for text in code)
 
 
-@pytest.mark.parametrize("regions", [2, 3])
-def test_the_hand_written_backward_delivers_to_separate_parameters(regions: int):
-    made = case(cases.MLP, regions)
+@pytest.mark.parametrize(
+    ("name", "regions"), [(cases.MLP, 2), (cases.MLP, 3), (cases.TRANSFORMER, 2), (cases.TRANSFORMER, 4)]
+)
+def test_the_hand_written_backward_delivers_to_separate_parameters(name: str, regions: int):
+    made = case(name, regions)
     dense = made.model(**HERE)
-    bounded = lbi_compile.transform(dense, made.example(**HERE), regions=made.starts, r=5, interface="pooled")
+    bounded = lbi_compile.transform(dense, made.example(**HERE), regions=made.starts, r=5, interface=made.interface)
     with torch.no_grad():  # no parameter at a value that hides an error
         for i, parameter in enumerate(bounded.parameters()):
             noise = torch.randn(parameter.shape, dtype=parameter.dtype, generator=torch.Generator().manual_seed(i))
             parameter.add_(0.1 * noise)
     x = made.inputs(**HERE)
-    net = hand.HandWritten(bounded)
+    net = HAND[name](bounded)
     values = [parameter.data_ptr() for parameter in bounded.parameters()]
     made.loss(device=CPU)(net(x)).backward()
     got = {name: parameter.grad for name, parameter in net.bounded.named_parameters()}
@@ -118,7 +119,11 @@ def test_the_hand_written_backward_refuses_another_model():
     dense = made.model(**HERE)
     bounded = lbi_compile.transform(dense, made.example(**HERE), regions=made.starts, r=3, interface="pooled")
     with pytest.raises(EngineError, match="r = 3"):
-        hand.HandWritten(bounded)
+        hand.HandWrittenMLP(bounded)
+    made = case(cases.TRANSFORMER)
+    gated = lbi_compile.transform(made.model(**HERE), made.example(**HERE), regions=made.starts, r=5, cell="gru")
+    with pytest.raises(EngineError, match="cell gru"):
+        hand_token.HandWrittenTransformer(gated)
 
 
 def test_a_case_is_the_same_whatever_was_drawn_before():

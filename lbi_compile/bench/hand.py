@@ -1,6 +1,6 @@
-"""A backward written by hand for the pooled residual MLP: region after region, layer after layer, without autograd.
+"""Backwards written by hand: region after region, layer after layer, without autograd. Here that of the residual MLP.
 
-It is the baseline that tells what is gained by leaving autograd's bookkeeping out from what is gained by running
+They are the baseline that tells what is gained by leaving autograd's bookkeeping out from what is gained by running
 regions side by side: parameters are stacked, two operators a layer remain in turn, and all weight gradients are taken
 at the end by one batched product.
 """
@@ -78,48 +78,53 @@ class Linears:
         self._inputs, self._cotangents = [None] * count, [None] * count
 
 
+class Norms:
+    """Layer norms of equal width.
+
+    Args:
+        layers: The layers.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.scale, self.shift = Stack([layer.weight for layer in layers]), Stack([layer.bias for layer in layers])
+        self._eps = layers[0].eps
+        self._saved: list[Any] = [None] * len(layers)
+
+    def forward(self, i: int, x: Tensor) -> Tensor:
+        out, mean, rstd = _norm(x, [x.shape[1]], self.scale.rows[i], self.shift.rows[i], self._eps)
+        self._saved[i] = x, mean, rstd
+        return out
+
+    def backward(self, i: int, g: Tensor) -> Tensor:
+        """The cotangent of the input; the two gradients go into their rows."""
+        x, mean, rstd = self._saved[i]
+        rows = self.scale.rows[i], self.shift.rows[i]
+        into, g_scale, g_shift = _norm_backward(g, x, [x.shape[1]], mean, rstd, *rows, [True, True, True])
+        self.scale.grad_rows[i].copy_(g_scale)
+        self.shift.grad_rows[i].copy_(g_shift)
+        return into
+
+
 class HandWritten(nn.Module):
-    """The bounded residual MLP of :mod:`lbi_compile.bench.cases` with a backward of its own.
+    """A bounded model of :mod:`lbi_compile.bench.cases` with a backward of its own.
 
     Its parameters are those of a copy of ``bounded``, separate and under the same names; their gradients are delivered
     as views of stacked buffers, which the next backward overwrites.
 
     Args:
-        bounded: A bounded :class:`~lbi_compile.bench.cases.ResidualMLP`, pooled, regions of equal length, K >= 2.
+        bounded: The model.
 
-    Raises:
-        EngineError: It is another model.
+    Attributes:
+        bounded: The copy.
+        delivers: A backward hands gradients over to the parameters.
     """
 
     def __init__(self, bounded: BoundedModule) -> None:
         super().__init__()
-        plan = bounded.plan
-        if plan.interface != "pooled" or plan.readout != "sum" or plan.r < SMALLEST_NORM or len(plan.regions) < 2:
-            raise EngineError(
-                f"interface {plan.interface}, readout {plan.readout}, r = {plan.r}, {len(plan.regions)} region(s)",
-                expected=f"the pooled interface with summed readout, r >= {SMALLEST_NORM} and two regions or more",
-                do="leave the hand-written backward out",
-            )
         self.bounded = copy.deepcopy(bounded)
-        model: Any = self.bounded
-        interface: Any = self.bounded.interface
-        self.regions, self.length = len(plan.regions), len(model.layers) // len(plan.regions)
-        self.stem, self.head = Linears([model.stem]), Linears([model.head])
-        self.layers = Linears([layer.linear for layer in model.layers])
-        # the canvas has an encoder of its own, which stands first
-        encoders = [interface.encode_canvas, *interface.encoders]
-        self.encode_hidden = Linears([encoder.hidden for encoder in encoders])
-        self.encode_out = Linears([encoder.out for encoder in encoders])
-        self.decode_hidden = Linears([decoder.hidden for decoder in interface.decoders])
-        self.decode_out = Linears([decoder.out for decoder in interface.decoders])
-        self.read_scale = Stack([encoder.norm.weight for encoder in encoders])
-        self.read_shift = Stack([encoder.norm.bias for encoder in encoders])
-        self.latent_scale = Stack([norm.weight for norm in interface.norms])
-        self.latent_shift = Stack([norm.bias for norm in interface.norms])
-        self.gates = Stack(list(interface.gates))
-        self.eps = interface.norms[0].eps
         self.delivers = True
-        self._anchor = torch.zeros((), dtype=self.gates.value.dtype, device=self.gates.value.device, requires_grad=True)
+        like = next(self.bounded.parameters())
+        self._anchor = torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
 
     @property
     def anchor(self) -> Tensor:
@@ -132,8 +137,25 @@ class HandWritten(nn.Module):
         return sum(stack.grad.numel() * stack.grad.element_size() for stack in self._stacks())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, 10]`` of ``x`` ``[B, 2 D]``."""
+        """Logits of the inputs."""
         return _Bounded.apply(self._anchor, x, self)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The forward; keeps what the backward needs."""
+        raise NotImplementedError
+
+    def pull(self, g: Tensor) -> None:
+        """The backward: fills every stacked gradient from the cotangent of the logits."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """The end of a backward: all weight gradients, and their delivery."""
+        for found in vars(self).values():
+            if isinstance(found, Linears):
+                found.finish()
+        if self.delivers:
+            for stack in self._stacks():
+                stack.deliver()
 
     def _stacks(self) -> Iterator[Stack]:
         for found in vars(self).values():
@@ -141,11 +163,47 @@ class HandWritten(nn.Module):
                 yield found
             elif isinstance(found, Linears):
                 yield from (found.weight, found.bias)
+            elif isinstance(found, Norms):
+                yield from (found.scale, found.shift)
+
+
+class HandWrittenMLP(HandWritten):
+    """The bounded residual MLP: `[B, 2 D]` -> `[B, 10]`.
+
+    Args:
+        bounded: A bounded :class:`~lbi_compile.bench.cases.ResidualMLP`, pooled, regions of equal length, K >= 2.
+
+    Raises:
+        EngineError: It is another model.
+    """
+
+    def __init__(self, bounded: BoundedModule) -> None:
+        plan = bounded.plan
+        if plan.interface != "pooled" or plan.readout != "sum" or plan.r < SMALLEST_NORM or len(plan.regions) < 2:
+            raise EngineError(
+                f"interface {plan.interface}, readout {plan.readout}, r = {plan.r}, {len(plan.regions)} region(s)",
+                expected=f"the pooled interface with summed readout, r >= {SMALLEST_NORM} and two regions or more",
+                do="leave the hand-written backward out",
+            )
+        super().__init__(bounded)
+        model: Any = self.bounded
+        interface: Any = self.bounded.interface
+        self.regions, self.length = len(plan.regions), len(model.layers) // len(plan.regions)
+        self.stem, self.head = Linears([model.stem]), Linears([model.head])
+        self.layers = Linears([layer.linear for layer in model.layers])
+        # the canvas has an encoder of its own, which stands first
+        encoders = [interface.encode_canvas, *interface.encoders]
+        self.encode_hidden = Linears([encoder.hidden for encoder in encoders])
+        self.encode_out = Linears([encoder.out for encoder in encoders])
+        self.decode_hidden = Linears([decoder.hidden for decoder in interface.decoders])
+        self.decode_out = Linears([decoder.out for decoder in interface.decoders])
+        self.reads = Norms([encoder.norm for encoder in encoders])
+        self.latents = Norms(list(interface.norms))
+        self.gates = Stack(list(interface.gates))
 
     def run(self, x: Tensor) -> Tensor:
-        """The forward; keeps what the backward needs."""
         canvas = self.stem.forward(0, x)
-        self.saved_reads, self.saved_steps, self.saved_decodes, self.z = [], [], [], []
+        self.saved_encoders, self.saved_words, self.saved_decodes, self.z = [], [], [], []
         self.tanh_gates = [gate.tanh() for gate in self.gates.rows]
         m, total = self._encode(0, canvas), canvas
         for k in range(self.regions):
@@ -159,34 +217,27 @@ class HandWritten(nn.Module):
             total = total + (h - start)
             if k < self.regions - 1:
                 e = self._encode(k + 1, h)
-                s = torch.addcmul(m, self.tanh_gates[k], e)
-                m, mean, rstd = _norm(s, [s.shape[1]], self.latent_scale.rows[k], self.latent_shift.rows[k], self.eps)
-                self.saved_steps.append((s, mean, rstd, e))
+                m = self.latents.forward(k, torch.addcmul(m, self.tanh_gates[k], e))
+                self.saved_words.append(e)
         return self.head.forward(0, total)
 
     def _encode(self, i: int, value: Tensor) -> Tensor:
-        read, mean, rstd = _norm(value, [value.shape[1]], self.read_scale.rows[i], self.read_shift.rows[i], self.eps)
-        hidden = self.encode_hidden.forward(i, read)
-        self.saved_reads.append((value, mean, rstd, hidden))
+        hidden = self.encode_hidden.forward(i, self.reads.forward(i, value))
+        self.saved_encoders.append(hidden)
         return self.encode_out.forward(i, _gelu(hidden))
 
     def _encode_backward(self, i: int, g: Tensor) -> Tensor:
-        value, mean, rstd, hidden = self.saved_reads[i]
-        g = self.encode_hidden.backward(i, _gelu_backward(self.encode_out.backward(i, g), hidden))
-        scale, shift = self.read_scale, self.read_shift
-        return _normed(g, value, mean, rstd, (scale, shift), i)
+        g = _gelu_backward(self.encode_out.backward(i, g), self.saved_encoders[i])
+        return self.reads.backward(i, self.encode_hidden.backward(i, g))
 
     def pull(self, g: Tensor) -> None:
-        """The backward: fills every stacked gradient from the cotangent of the logits."""
         g_total = self.head.backward(0, g)
         g_canvas, lam = g_total, None
         for k in reversed(range(self.regions)):
             g_h, g_m = g_total, None
             if lam is not None:
-                s, mean, rstd, e = self.saved_steps[k]
-                g_m = _normed(lam, s, mean, rstd, (self.latent_scale, self.latent_shift), k)
-                gate = self.tanh_gates[k]
-                torch.mul((g_m * e).sum(), 1 - gate * gate, out=self.gates.grad_rows[k])
+                g_m, gate = self.latents.backward(k, lam), self.tanh_gates[k]
+                torch.mul((g_m * self.saved_words[k]).sum(), 1 - gate * gate, out=self.gates.grad_rows[k])
                 g_h = g_total + self._encode_backward(k + 1, g_m * gate)
             for layer in reversed(range(k * self.length, (k + 1) * self.length)):
                 g_h = self.layers.backward(layer, _gelu_backward(g_h, self.z[layer]), add=g_h)
@@ -197,24 +248,7 @@ class HandWritten(nn.Module):
             lam = through if g_m is None else through + g_m
         assert lam is not None
         self.stem.backward(0, g_canvas + self._encode_backward(0, lam))
-        for found in vars(self).values():
-            if isinstance(found, Linears):
-                found.finish()
-        if self.delivers:
-            for stack in self._stacks():
-                stack.deliver()
-
-
-def _normed(g: Tensor, value: Tensor, mean: Tensor, rstd: Tensor, stacks: tuple[Stack, Stack], i: int) -> Tensor:
-    """Back through a LayerNorm, its two gradients into their rows."""
-    scale, shift = stacks
-    shape = [value.shape[1]]
-    into, g_scale, g_shift = _norm_backward(
-        g, value, shape, mean, rstd, scale.rows[i], shift.rows[i], [True, True, True]
-    )
-    scale.grad_rows[i].copy_(g_scale)
-    shift.grad_rows[i].copy_(g_shift)
-    return into
+        self.finish()
 
 
 class _Bounded(torch.autograd.Function):

@@ -15,7 +15,7 @@ from lbi_compile.guesses import Memory
 from lbi_compile.newton import PARALLEL
 from lbi_compile.passes import scan_backward
 
-from . import cases, graphs, hand
+from . import cases, graphs, hand, hand_token
 from .cases import Case
 from .compare import Cell, Contender, Oracle, Terms, Variant, compare
 from .measure import Timed
@@ -120,7 +120,8 @@ def _dense_compiled(setting: Setting) -> tuple[Callable[[Tensor], Tensor], nn.Mo
 
 
 def _by_hand(setting: Setting) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
-    net = hand.HandWritten(setting.bounded)
+    made = hand.HandWrittenMLP if setting.case.name == cases.MLP else hand_token.HandWrittenTransformer
+    net = made(setting.bounded)
     return net, net
 
 
@@ -145,7 +146,7 @@ FORMS: tuple[Form, ...] = (
         compiled=True,
         inductor=True,
     ),
-    Form("by hand", "sequential backward on stacked parameters", _by_hand, BOUNDED, baseline=True, cases=(cases.MLP,)),
+    Form("by hand", "sequential backward on stacked parameters", _by_hand, BOUNDED, baseline=True),
     Form("chain", "bounded model, engine chain", _engine("chain"), BOUNDED),
     Form("scan", "bounded model, engine scan", _engine("scan"), BOUNDED, compiled=True),
     Form(
