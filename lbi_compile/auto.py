@@ -357,7 +357,7 @@ class Stopwatch:
         if starts[0].grad_fn is not None:
             alive = _Alive()
             weakref.finalize(alive, self.cancel).atexit = False
-            starts[0].grad_fn.metadata[_ALIVE] = alive
+            starts[0].grad_fn.metadata[_ALIVE] = alive  # pyright: ignore[reportIndexIssue]  a property
         return True
 
     def cancel(self) -> None:
