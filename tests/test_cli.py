@@ -188,6 +188,15 @@ def test_interrupt_is_one_line_and_exit_code_130(run, monkeypatch):
     assert run("demo") == (130, "", "lbi-compile demo: interrupted\n")
 
 
+@pytest.fixture
+def heard_interrupts():
+    """Python's own handler, also where a shell started the tests in the background, deaf to Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_interrupts")
 def test_interrupt_silences_the_warnings_it_causes(run, monkeypatch):
     def interrupted(*_, **__):
         try:
