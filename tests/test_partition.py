@@ -20,7 +20,7 @@ from lbi_compile.analysis import analyse
 from lbi_compile.capture import Capture, as_inputs, capture
 from lbi_compile.errors import NoSeparatorError, RegionsError, TooManyRegionsError
 from lbi_compile.options import Options
-from lbi_compile.passes.liveness import Liveness
+from lbi_compile.passes.liveness import INPUT, Liveness
 from lbi_compile.passes.partition import FINISH_SLACK, Partition, partition
 from lbi_compile.passes.separators import Separator
 from lbi_compile.plan import Plan, Point
@@ -79,6 +79,25 @@ class Chain:
         """Smallest largest region, then smallest sum of squares, over all choices."""
         choices = itertools.combinations(sorted(among), regions - 1)
         return min(((max(s), sum(x * x for x in s)) for s in map(self.sizes, choices)), default=None)
+
+
+@pytest.mark.parametrize(("first", "canvas"), [(0, "n0"), (7, "x")])
+def test_an_input_is_the_canvas_only_where_work_comes_before_the_first_separator(first: int, canvas: str) -> None:
+    chain = Chain([1, 2, 3])
+    x = chain.nodes[0].all_input_nodes[0]
+    x.meta["val"] = chain.nodes[0].meta["val"]
+    chain.live = replace(chain.live, kind={**chain.live.kind, x: INPUT})
+    cost = dict(zip(chain.nodes, (first, *chain.work), strict=True))
+    found = partition(
+        chain.live,
+        chain.points,
+        regions=2,
+        cost=cost,
+        flops=cost,
+        leaves_finish=lambda *_: True,
+        describe=lambda node: Point("", node.name, 0, (2, 3), "float32"),
+    )
+    assert found.canvas.name == canvas
 
 
 weights = st.lists(st.integers(1, 20), min_size=2, max_size=9)
