@@ -31,8 +31,9 @@ from .plan import Plan
 SLACK = 2.0
 # One that has to be compiled first, for many seconds, is tried only where it is put ahead of the others by so much.
 COMPILED_SLACK = 0.95
-# Timed steps per engine, after one that is not counted, in which compilers run and caches fill.
-ROUNDS = 3
+# Timed steps per engine, after one that is not counted, in which compilers run and caches fill. Of three the median was
+# once a fifth off, beside other work on the machine.
+ROUNDS = 5
 # Calls in a row that nobody differentiated, after which the cost model decides.
 MOST_MISSES = 20
 # Set to 1 to keep decisions in the user's cache directory, or to the path of a file.
