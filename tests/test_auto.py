@@ -108,8 +108,8 @@ def run(race: Race, seconds: dict[str, list[float]]) -> list[str]:
 
 def test_a_race_alternates_and_leaves_first_steps_out():
     race = Race({"chain": 1.0, "scan": 0.6})
-    turns = run(race, {"chain": [1.0, 5.0, 9.0, 5.0], "scan": [900.0, 4.0, 4.0, 99.0]})
-    assert turns == ["scan", "chain"] * 4
+    turns = run(race, {"chain": [1.0, 5.0, 9.0, 5.0, 5.0, 1.0], "scan": [900.0, 4.0, 4.0, 99.0, 4.0, 4.0]})
+    assert turns == ["scan", "chain"] * (auto.ROUNDS + 1)
     assert race.decision is not None
     assert race.decision.engine == "scan" == race.turn()
     assert race.decision.seconds == {"chain": 5.0, "scan": 4.0}
