@@ -254,6 +254,7 @@ def test_step_prints_a_table_and_writes_a_record(run, tmp_path: Path):
     record = json.loads(out.read_text())
     assert record["ok"] is True
     assert record["command"].startswith("lbi-compile bench step mlp --layers 6")
+    assert record["command"].endswith(" --json out.json")  # without the folder, which is of one machine
     assert record["settings"]["threads"] == 1
     assert {"processor", "cores", "gpu"} <= set(record["machine"])
     assert {"torch", "triton", "python", "lbi_compile"} <= set(record["versions"])

@@ -91,6 +91,7 @@ def test_verify_catches_a_wrong_scan(wrongs: tuple[Callable[..., Tensor], ...]) 
         assert not report.ok, wrong.__name__
         assert [check.name for check in report.checks if check.ok is False] == ["gradients"]
     assert max(relative_errors(gradients(bounded, inputs, "scan"), expected).values()) <= 1e-10
+    assert lbi_compile.verify(bounded, inputs).ok
 
 
 def test_a_dispatch_mode_around_the_forward_refuses_the_scan() -> None:

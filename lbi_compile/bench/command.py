@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -65,7 +64,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     record = Record(
         options.bench,
         all(cell.ok for cell in made.get("cells", ())),
-        shlex.join(["lbi-compile", *arguments]),
+        environment.command(arguments),
         date,
         environment.machine(device),
         environment.versions(),
@@ -197,7 +196,7 @@ def _parallel(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
                 found = parallel.run(sizes, **given, places=places, speeds=group)
             meetings += tuple(dataclasses.replace(one, delay=held) for one in found)
     record = parallel_view.Record(
-        shlex.join(["lbi-compile", *arguments]),
+        environment.command(arguments),
         date,
         environment.machine(torch.device("cpu")),
         environment.versions(),

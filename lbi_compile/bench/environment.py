@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
+import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,20 @@ from typing import Any
 import torch
 
 import lbi_compile
+
+
+def command(arguments: Sequence[str]) -> str:
+    """What was typed; absolute paths by their last part, as folders of one machine tell nobody else anything.
+
+    Example:
+        >>> command(["bench", "scan", "--json", "/home/me/out.json", "--plot=/home/me/out.png"])
+        'lbi-compile bench scan --json out.json --plot=out.png'
+    """
+    return shlex.join(["lbi-compile", *(_FOLDER.sub("", argument) for argument in arguments)])
+
+
+# From the beginning, or from behind an option's sign of equality, to the last slash of an absolute path.
+_FOLDER = re.compile(r"(?:^|(?<==))/(?:.*/)?")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
